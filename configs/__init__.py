@@ -1,0 +1,1 @@
+"""Presets: facts and choices as data files, no code."""

@@ -1,0 +1,226 @@
+"""Every choice the engine is built from, as frozen values. Nothing here is edited after it was made.
+
+`ModelConfig` holds the facts of a model under the names of its `config.json` (the same keys as the presets in `configs/models`); the
+others hold what the operator chose. The front end makes one `EngineConfig` and sends it to the engine process.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from engine.errors import ConfigError
+
+DType = Literal["float32", "bfloat16"]
+
+
+def ffn_size(emb_size: int, widening_factor: float) -> int:
+    """Width of an expert: two thirds of the widened model width, rounded up to a multiple of 8 (xai-org/grok-1, model.py)."""
+    size = int(widening_factor * emb_size) * 2 // 3
+    return size + (8 - size) % 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """The architecture of one Grok-1-shaped model.
+
+    Raises `ConfigError` for sizes that no such model can have.
+    """
+
+    vocab_size: int
+    sequence_len: int  # longest context
+    emb_size: int
+    key_size: int
+    num_q_heads: int
+    num_kv_heads: int
+    num_layers: int
+    num_experts: int
+    num_selected_experts: int
+    ffn_size: int
+    embedding_multiplier_scale: float
+    output_multiplier_scale: float
+    attn_output_multiplier: float  # scales q·k before the cap
+    attn_logit_cap: float = 30.0
+    rms_norm_eps: float = 1e-5
+    rope_base: float = 10000.0
+    pad_token: int = 0
+    bos_token: int = 1  # stands for the document start; text prompts come without it
+    eos_token: int = 2
+    row_parallel_scale_groups: int | None = None  # None: whatever the files hold
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            is_int = isinstance(value, int) and not isinstance(value, bool)
+            if field.type in (int, "int") and not is_int:
+                raise ConfigError(f"model config: {field.name} must be an integer, found {value!r}")
+            if field.type in (float, "float") and not (is_int or isinstance(value, float)):
+                raise ConfigError(f"model config: {field.name} must be a number, found {value!r}")
+        for name in (
+            "vocab_size",
+            "sequence_len",
+            "emb_size",
+            "key_size",
+            "num_q_heads",
+            "num_kv_heads",
+            "num_layers",
+            "num_experts",
+            "ffn_size",
+        ):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"model config: {name} must be at least 1, found {getattr(self, name)}")
+        if not 1 <= self.num_selected_experts <= self.num_experts:
+            raise ConfigError(
+                f"model config: num_selected_experts is {self.num_selected_experts}, must be 1 to num_experts ({self.num_experts})"
+            )
+        if self.num_q_heads % self.num_kv_heads:
+            raise ConfigError(f"model config: num_q_heads {self.num_q_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
+        if self.key_size % 2:
+            raise ConfigError(f"model config: key_size {self.key_size} is odd; rotary embedding turns pairs")
+        for name in ("attn_logit_cap", "rms_norm_eps", "rope_base"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"model config: {name} must be above 0, found {getattr(self, name)}")
+        for name in ("pad_token", "bos_token", "eos_token"):
+            if not 0 <= getattr(self, name) < self.vocab_size:
+                raise ConfigError(f"model config: {name} {getattr(self, name)} is outside the vocabulary of {self.vocab_size}")
+        groups = self.row_parallel_scale_groups
+        if groups is not None and (groups < 1 or self.ffn_size % groups or (self.num_q_heads * self.key_size) % groups):
+            raise ConfigError(f"model config: row_parallel_scale_groups {groups} divides not both ffn_size and num_q_heads * key_size")
+
+    @classmethod
+    def from_json(cls, raw: object) -> "ModelConfig":
+        """Build from the parsed content of a `config.json`; unknown or missing keys are refused by name."""
+        if not isinstance(raw, dict):
+            raise ConfigError("model config: the top level must be an object")
+        flat: dict[str, Any] = {}
+        for key, value in raw.items():
+            if key in ("model", "derived"):
+                if not isinstance(value, dict):
+                    raise ConfigError(f"model config: {key} must be an object, found {value!r}")
+                flat.update(value)
+            else:
+                flat[key] = value
+        if "widening_factor" in flat:
+            widening = flat.pop("widening_factor")
+            if isinstance(widening, bool) or not isinstance(widening, int | float) or not isinstance(flat.get("emb_size"), int):
+                raise ConfigError(f"model config: widening_factor must be a number beside an integer emb_size, found {widening!r}")
+            computed = ffn_size(flat["emb_size"], widening)
+            if flat.setdefault("ffn_size", computed) != computed:
+                raise ConfigError(
+                    f"model config: ffn_size {flat['ffn_size']} contradicts widening_factor {widening}, which gives {computed}"
+                )
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(flat.keys() - known):
+            raise ConfigError(f"model config: unknown key {unknown[0]!r}; known are {', '.join(sorted(known | {'widening_factor'}))}")
+        try:
+            return cls(**flat)
+        except TypeError:
+            required = {
+                "vocab_size",
+                "sequence_len",
+                "emb_size",
+                "key_size",
+                "num_q_heads",
+                "num_kv_heads",
+                "num_layers",
+                "num_experts",
+            } | {
+                "num_selected_experts",
+                "ffn_size",
+                "embedding_multiplier_scale",
+                "output_multiplier_scale",
+                "attn_output_multiplier",
+            }
+            raise ConfigError(f"model config: missing {', '.join(sorted(required - flat.keys()))}") from None
+
+    @classmethod
+    def preset(cls, name: str) -> "ModelConfig":
+        """A configuration from `configs/models`, e.g. `grok-1`."""
+        return cls.from_json(json.loads((resources.files("configs") / "models" / f"{name}.json").read_text()))
+
+
+def read_model_config(model_dir: Path) -> ModelConfig:
+    """The configuration beside a checkpoint, or that of the released 314B model where `config.json` is missing.
+
+    The release has no `config.json`; a directory that holds other weights is then refused when its files are checked.
+    """
+    for directory in (model_dir, model_dir.parent):
+        path = directory / "config.json"
+        if path.is_file():
+            try:
+                return ModelConfig.from_json(json.loads(path.read_bytes()))
+            except (ValueError, UnicodeDecodeError, RecursionError) as error:
+                raise ConfigError(f"{path} is not valid JSON: {error}") from None
+            except ConfigError as error:
+                raise ConfigError(f"{path}: {error}") from None
+        if directory.name not in ("ckpt", "ckpt-0"):
+            break
+    return ModelConfig.preset("grok-1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeshConfig:
+    """How many devices along each axis; their product is the number of devices used."""
+
+    data: int = 1
+    expert: int = 1
+    tensor: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheConfig:
+    """The paged KV cache of one data shard."""
+
+    block_size: int = 16  # tokens per block
+    num_blocks: int  # blocks in the pool, the scratch block not counted
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerConfig:
+    """Limits of one step and of one sequence."""
+
+    max_num_seqs: int = 64  # sequences running at once
+    max_num_batched_tokens: int = 256  # the token budget of a step
+    max_model_len: int  # prompt plus output of one sequence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """All an engine process needs to start."""
+
+    model: ModelConfig
+    model_dir: str
+    dtype: DType
+    mesh: MeshConfig
+    cache: CacheConfig
+    scheduler: SchedulerConfig
+    max_logprobs: int = 20
+    compile_cache_dir: str | None = None
+
+    @property
+    def max_blocks_per_seq(self) -> int:
+        """Width of a block table: blocks that hold `max_model_len` tokens."""
+        return -(-self.scheduler.max_model_len // self.cache.block_size)
+
+
+def kv_bytes_per_token(model: ModelConfig, dtype: DType) -> int:
+    """Bytes of keys and values that one token keeps in the cache over all layers."""
+    return 2 * model.num_layers * model.num_kv_heads * model.key_size * {"float32": 4, "bfloat16": 2}[dtype]
+
+
+def choose_num_blocks(model: ModelConfig, scheduler: SchedulerConfig, *, block_size: int, dtype: DType, cache_bytes: int) -> int:
+    """As many blocks as `cache_bytes` hold, but no more than every sequence at full length can use.
+
+    Raises `ConfigError` where not even one sequence of `max_model_len` fits.
+    """
+    per_seq = -(-scheduler.max_model_len // block_size)
+    block_bytes = block_size * kv_bytes_per_token(model, dtype)
+    affordable = cache_bytes // block_bytes
+    if affordable < per_seq:
+        raise ConfigError(
+            f"the KV cache of {cache_bytes:,} bytes holds {affordable * block_size:,} tokens, but max_model_len is {scheduler.max_model_len:,}; "
+            "lower --max-model-len or raise --kv-cache-memory-bytes"
+        )
+    return min(affordable, per_seq * scheduler.max_num_seqs)

@@ -1,0 +1,35 @@
+"""What can go wrong below the HTTP layer.
+
+    EngineError
+    ├── ConfigError         a configuration that cannot work: unknown key, wrong type, impossible size
+    ├── CheckpointError     files that do not hold the weights the configuration asks for
+    ├── TokenizerError      no tokenizer, or a file that is none
+    ├── RequestError        a request that the engine refuses; the message is for the client
+    └── EngineDiedError     the engine process is gone; what ran there is lost
+
+The first three stop a start with exit status 2 and their message, without a traceback.
+"""
+
+
+class EngineError(Exception):
+    """Base of everything the engine raises on purpose; `str(error)` is one line that says what, where and what to do."""
+
+
+class ConfigError(EngineError):
+    """A configuration that cannot work."""
+
+
+class CheckpointError(EngineError):
+    """Files that do not hold the weights that the configuration asks for."""
+
+
+class TokenizerError(EngineError):
+    """The tokenizer is missing or unreadable."""
+
+
+class RequestError(EngineError):
+    """A request the engine refuses."""
+
+
+class EngineDiedError(EngineError):
+    """The engine process ended while requests were open."""
