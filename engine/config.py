@@ -5,7 +5,6 @@ others hold what the operator chose. The front end makes one `EngineConfig` and 
 """
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from importlib import resources
 from pathlib import Path

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int8
+
+from engine.shapes import Array, Float, Int8
 
 
 @jax.tree_util.register_dataclass
