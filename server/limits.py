@@ -1,0 +1,37 @@
+"""The one table of limits. Every bound on what a client may send or hold is a field here, with a default that is safe on a public port.
+
+Settings fill it, `create_app` hands it out, each limit is checked by whoever its comment names, and tests try each at the cap and past it.
+Ranges that come from the model (vocabulary, context length) are the engine's facts and are not here.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Bounds of one request and of the server as a whole."""
+
+    # while reading: server/middleware.py
+    max_header_bytes: int = 32 * 1024  # request line and headers; 431
+    max_body_bytes: int = 2 * 1024 * 1024  # 413
+    body_timeout_s: float = 30.0  # from the first read to the last byte; 408
+    max_discarded_bytes: int = 16 * 1024 * 1024  # of a refused body, read so that the client sees the refusal
+
+    # fields of one request: server/preprocess.py
+    max_prompts: int = 128
+    max_sequences: int = 256  # prompts times choices of one request
+    max_logprobs: int = 20
+    max_stop_strings: int = 16
+    max_stop_chars: int = 256  # of one stop string
+    max_stop_token_ids: int = 128
+    max_logit_bias: int = 1024
+    max_timeout_s: float = 3600.0
+
+    # the server as a whole: server/admission.py
+    max_queued_sequences: int = 256  # open beyond those the engine runs at once; 503
+    retry_after_s: float = 1.0  # told with every 503
+
+    # what goes out
+    keep_alive_s: float = 15.0  # silence on a stream before a comment
+    max_message_chars: int = 400  # of an error
+    max_ignored_fields: int = 16  # named in the response header

@@ -1,0 +1,174 @@
+"""An `EngineClient` without an engine: it follows a script, and remembers what was asked of it.
+
+A script is what one generation does, in order: a `TokenDelta` is handed out, a number is a pause in seconds, an exception is raised, and
+`HANG` waits until the generation is aborted, its deadline passes or the engine dies. `counting_script` is the default: it answers every
+request with as many tokens as it asks for, whose ids depend only on prompt, seed, choice and position, with log-probabilities where asked.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable, Iterable
+from dataclasses import dataclass, field, replace
+
+from engine.errors import EngineDiedError, RequestError
+from engine.types import EngineInfo, EngineStats, FinishReason, GenerationRequest, Progress, TokenDelta, TokenLogprob
+
+HANG = float("inf")
+
+Script = Iterable[TokenDelta | float | Exception]
+ScriptFor = Callable[[GenerationRequest], Script]
+
+
+def engine_info(*, vocab_size: int = 512, max_model_len: int = 256, max_num_seqs: int = 64) -> EngineInfo:
+    """What a small engine on a CPU would tell about itself."""
+    return EngineInfo(
+        vocab_size=vocab_size,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=128,
+        max_logprobs=20,
+        block_size=16,
+        num_blocks=1024,
+        dtype="float32",
+        backend="cpu",
+        num_devices=1,
+        num_params=1_000_000,
+        weight_bytes=4_000_000,
+        num_programs=3,
+        load_s=0.1,
+        compile_s=0.2,
+    )
+
+
+def fake_logprob(token_id: int, *, top: int, vocab_size: int) -> TokenLogprob:
+    """A log-probability that depends on the token alone; the token itself is the likeliest, its successors follow."""
+    best = -0.125 - (token_id % 7) / 8
+    return TokenLogprob(
+        token_id=token_id,
+        logprob=best,
+        top=tuple(((token_id + rank) % vocab_size, best - rank) for rank in range(top)),
+    )
+
+
+def counting_script(request: GenerationRequest, *, vocab_size: int = 512) -> list[TokenDelta]:
+    """One token per delta up to `max_tokens`, with the log-probabilities the request asks for, then `LENGTH`."""
+    sampling = request.sampling
+    prompt_logprobs = (
+        ()
+        if sampling.prompt_logprobs is None
+        else tuple(fake_logprob(token, top=sampling.prompt_logprobs, vocab_size=vocab_size) for token in request.prompt_token_ids[1:])
+    )
+    if sampling.max_tokens == 0:
+        return [TokenDelta(request_id=request.request_id, prompt_logprobs=prompt_logprobs, finish_reason=FinishReason.LENGTH)]
+    start = sum(request.prompt_token_ids) + sampling.seed + 31 * request.choice
+    deltas = []
+    for position in range(sampling.max_tokens):
+        token = 300 + (start + 7 * position) % (vocab_size - 300)
+        logprobs = () if sampling.logprobs is None else (fake_logprob(token, top=sampling.logprobs, vocab_size=vocab_size),)
+        deltas.append(TokenDelta(request_id=request.request_id, token_ids=(token,), logprobs=logprobs))
+    deltas[0] = replace(deltas[0], prompt_logprobs=prompt_logprobs)
+    deltas[-1] = replace(deltas[-1], finish_reason=FinishReason.LENGTH)
+    return deltas
+
+
+def tokens_script(*tokens: int, finish: FinishReason = FinishReason.STOP, pause_s: float = 0.0) -> ScriptFor:
+    """Answer every request with these tokens, one per delta, `pause_s` before each."""
+
+    def script(request: GenerationRequest) -> list[TokenDelta | float | Exception]:
+        steps: list[TokenDelta | float | Exception] = []
+        for position, token in enumerate(tokens):
+            last = position == len(tokens) - 1
+            logprobs = () if request.sampling.logprobs is None else (fake_logprob(token, top=request.sampling.logprobs, vocab_size=512),)
+            delta = TokenDelta(request_id=request.request_id, token_ids=(token,), logprobs=logprobs, finish_reason=finish if last else None)
+            steps += [pause_s, delta] if pause_s else [delta]
+        return steps
+
+    return script
+
+
+@dataclass(kw_only=True)
+class FakeEngineClient:
+    """Follows `script` for every request; `pause_s` passes before each delta.
+
+    `refusal` makes the engine refuse every request with that message. `die()` ends it: open generations raise `EngineDiedError`, and it is
+    neither alive nor ready until `revive()`.
+    """
+
+    script: ScriptFor = counting_script
+    pause_s: float = 0.0
+    info: EngineInfo | None = field(default_factory=engine_info)
+    progress: Progress | None = None
+    refusal: str | None = None
+    is_ready: bool = True
+    is_alive: bool = True
+    submitted: list[GenerationRequest] = field(default_factory=list)
+    finished: list[str] = field(default_factory=list)
+    aborted: list[str] = field(default_factory=list)
+    _open: dict[str, asyncio.Event] = field(default_factory=dict)
+
+    @property
+    def stats(self) -> EngineStats:
+        return EngineStats(num_running=len(self._open), num_blocks_used=len(self._open), num_blocks=1024)
+
+    @property
+    def num_open(self) -> int:
+        """Generations that are neither finished nor aborted."""
+        return len(self._open)
+
+    def die(self) -> None:
+        """End the engine process, as a crash would."""
+        self.is_alive = self.is_ready = False
+        for died in self._open.values():
+            died.set()
+
+    def revive(self) -> None:
+        """Be ready again, with nothing left of what ran before."""
+        self.is_alive = self.is_ready = True
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenDelta, None]:
+        """Submit at the first step of the iteration; leaving before the last delta is an abort."""
+        self.submitted.append(request)
+        if not self.is_alive:
+            raise EngineDiedError("the engine process ended")
+        if self.refusal is not None:
+            raise RequestError(self.refusal)
+        died = self._open[request.request_id] = asyncio.Event()
+        try:
+            for step in self.script(request):
+                if isinstance(step, Exception):
+                    raise step
+                if isinstance(step, TokenDelta):
+                    is_late = await self._pause(self.pause_s, request=request, died=died)
+                else:
+                    is_late = await self._pause(step, request=request, died=died)
+                if is_late:
+                    step = TokenDelta(request_id=request.request_id, finish_reason=FinishReason.DEADLINE)
+                if not isinstance(step, TokenDelta):
+                    continue
+                if step.finish_reason is not None:
+                    self._end(request.request_id, self.finished)
+                yield step
+                if step.finish_reason is not None:
+                    return
+        finally:
+            self._end(request.request_id, self.aborted)
+
+    async def _pause(self, seconds: float, *, request: GenerationRequest, died: asyncio.Event) -> bool:
+        """Wait; True when the request's deadline came first. Raises `EngineDiedError` when the engine did."""
+        left = HANG if request.deadline_s is None else max(0.0, request.deadline_s - time.monotonic())
+        wait_s = min(seconds, left)
+        if wait_s == 0:
+            await asyncio.sleep(0)
+        else:
+            try:
+                async with asyncio.timeout(None if wait_s == HANG else wait_s):
+                    await died.wait()
+            except TimeoutError:
+                pass
+        if died.is_set():
+            raise EngineDiedError("the engine process ended")
+        return left <= seconds and left != HANG
+
+    def _end(self, request_id: str, where: list[str]) -> None:
+        if self._open.pop(request_id, None) is not None:
+            where.append(request_id)
