@@ -1,7 +1,8 @@
 """Every choice the engine is built from, as frozen values. Nothing here is edited after it was made.
 
 `ModelConfig` holds the facts of a model under the names of its `config.json` (the same keys as the presets in `configs/models`); the
-others hold what the operator chose. The front end makes one `EngineConfig` and sends it to the engine process.
+others hold what the operator chose. The front end makes one `EngineOptions` and sends it to the engine process, which looks at its devices
+and turns it into the `EngineConfig` that everything is built from.
 """
 
 import json
@@ -223,3 +224,43 @@ def choose_num_blocks(model: ModelConfig, scheduler: SchedulerConfig, *, block_s
             "lower --max-model-len or raise --kv-cache-memory-bytes"
         )
     return min(affordable, per_seq * scheduler.max_num_seqs)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """What the operator asked for, before anyone looked at the devices."""
+
+    model: ModelConfig
+    model_dir: str
+    scheduler: SchedulerConfig
+    dtype: DType | Literal["auto"] = "auto"
+    mesh: MeshConfig = MeshConfig()
+    block_size: int = 16
+    cache_bytes: int | None = None  # of one data shard; None: what the devices have left
+    memory_share: float = 0.9  # of an accelerator's memory
+    max_logprobs: int = 20
+    compile_cache_dir: str | None = None
+
+    def resolve(self, *, backend: str, free_bytes: int) -> EngineConfig:
+        """The configuration for these devices: `auto` is float32 on a CPU and bfloat16 elsewhere; an unset cache size is `free_bytes`.
+
+        Raises `ConfigError` where the cache cannot hold one sequence.
+        """
+        dtype: DType = self.dtype if self.dtype != "auto" else "float32" if backend == "cpu" else "bfloat16"
+        num_blocks = choose_num_blocks(
+            self.model,
+            self.scheduler,
+            block_size=self.block_size,
+            dtype=dtype,
+            cache_bytes=free_bytes if self.cache_bytes is None else self.cache_bytes,
+        )
+        return EngineConfig(
+            model=self.model,
+            model_dir=self.model_dir,
+            dtype=dtype,
+            mesh=self.mesh,
+            cache=CacheConfig(block_size=self.block_size, num_blocks=num_blocks),
+            scheduler=self.scheduler,
+            max_logprobs=self.max_logprobs,
+            compile_cache_dir=self.compile_cache_dir,
+        )

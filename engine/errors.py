@@ -5,6 +5,7 @@
     ├── CheckpointError     files that do not hold the weights the configuration asks for
     ├── TokenizerError      no tokenizer, or a file that is none
     ├── RequestError        a request that the engine refuses; the message is for the client
+    ├── TransportError      bytes between the two processes that are no frame or no message
     └── EngineDiedError     the engine process is gone; what ran there is lost
 
 The first three stop a start with exit status 2 and their message, without a traceback.
@@ -29,6 +30,10 @@ class TokenizerError(EngineError):
 
 class RequestError(EngineError):
     """A request the engine refuses."""
+
+
+class TransportError(EngineError):
+    """Server and engine process do not understand each other, or one of them stopped reading."""
 
 
 class EngineDiedError(EngineError):

@@ -1,0 +1,92 @@
+"""What server and engine process say to each other, as MessagePack with types.
+
+`Configure` is the first message of a connection; then the engine tells how its start goes (`Report`..., then `Ready` or `Failed`), and
+from there on generations travel as `Submit` and `Abort` one way and as `Deltas` and `Refused` the other way. The values inside are the
+frozen dataclasses of `engine/types.py` and `engine/config.py`; decoding checks every type, and no form of the bytes can run code.
+Cutting a byte stream into frames is `engine/transport.py`'s work.
+"""
+
+import msgspec
+
+from engine.config import EngineOptions
+from engine.errors import ConfigError, TransportError
+from engine.types import EngineInfo, EngineStats, GenerationRequest, Progress, TokenDelta
+
+
+class Configure(msgspec.Struct, frozen=True, array_like=True, tag="configure"):
+    """Server to engine, once and first: what to build."""
+
+    options: EngineOptions
+
+
+class Submit(msgspec.Struct, frozen=True, array_like=True, tag="submit"):
+    """Server to engine: generate this."""
+
+    request: GenerationRequest
+
+
+class Abort(msgspec.Struct, frozen=True, array_like=True, tag="abort"):
+    """Server to engine: nobody listens to this generation any more. Unknown and finished ids are fine."""
+
+    request_id: str
+
+
+class Report(msgspec.Struct, frozen=True, array_like=True, tag="report"):
+    """Engine to server, while it starts."""
+
+    progress: Progress
+
+
+class Ready(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
+    """Engine to server: everything is compiled, requests may come."""
+
+    info: EngineInfo
+
+
+class Failed(msgspec.Struct, frozen=True, array_like=True, tag="failed"):
+    """Engine to server, as its last word: it cannot start, for a reason that a restart does not cure."""
+
+    message: str
+
+
+class Refused(msgspec.Struct, frozen=True, array_like=True, tag="refused"):
+    """Engine to server: the end of one submitted request that the engine does not take."""
+
+    request_id: str
+    message: str
+
+
+class Deltas(msgspec.Struct, frozen=True, array_like=True, tag="deltas"):
+    """Engine to server after a step: what it added to all generations, and the gauges. Without deltas it is a sign of life."""
+
+    deltas: list[TokenDelta]
+    stats: EngineStats
+
+
+FromServer = Configure | Submit | Abort
+FromEngine = Report | Ready | Failed | Refused | Deltas
+
+_encoder = msgspec.msgpack.Encoder()
+_from_server = msgspec.msgpack.Decoder(FromServer)
+_from_engine = msgspec.msgpack.Decoder(FromEngine)
+
+
+def encode(message: FromServer | FromEngine) -> bytes:
+    """The payload of one frame."""
+    return _encoder.encode(message)
+
+
+def decode_from_server(payload: bytes) -> FromServer:
+    """Raises `TransportError` for anything that is not such a message."""
+    try:
+        return _from_server.decode(payload)
+    except (msgspec.DecodeError, ConfigError) as error:
+        raise TransportError(f"the server sent no message the engine knows: {error}") from None
+
+
+def decode_from_engine(payload: bytes) -> FromEngine:
+    """Raises `TransportError` for anything that is not such a message."""
+    try:
+        return _from_engine.decode(payload)
+    except msgspec.DecodeError as error:
+        raise TransportError(f"the engine sent no message the server knows: {error}") from None
