@@ -141,23 +141,31 @@ class ModelConfig:
         return cls.from_json(json.loads((resources.files("configs") / "models" / f"{name}.json").read_text()))
 
 
+def find_model_config(model_dir: Path) -> Path | None:
+    """The `config.json` of a checkpoint: in the model directory, or above it where that is the folder of the tensors itself."""
+    directory = model_dir.absolute()  # so that "." has a name and a parent
+    for candidate in (directory, directory.parent) if directory.name in ("ckpt", "ckpt-0") else (directory,):
+        if (candidate / "config.json").is_file():
+            return candidate / "config.json"
+    return None
+
+
 def read_model_config(model_dir: Path) -> ModelConfig:
     """The configuration beside a checkpoint, or that of the released 314B model where `config.json` is missing.
 
     The release has no `config.json`; a directory that holds other weights is then refused when its files are checked.
     """
-    for directory in (model_dir, model_dir.parent):
-        path = directory / "config.json"
-        if path.is_file():
-            try:
-                return ModelConfig.from_json(json.loads(path.read_bytes()))
-            except (ValueError, UnicodeDecodeError, RecursionError) as error:
-                raise ConfigError(f"{path} is not valid JSON: {error}") from None
-            except ConfigError as error:
-                raise ConfigError(f"{path}: {error}") from None
-        if directory.name not in ("ckpt", "ckpt-0"):
-            break
-    return ModelConfig.preset("grok-1")
+    path = find_model_config(model_dir)
+    if path is None:
+        return ModelConfig.preset("grok-1")
+    try:
+        return ModelConfig.from_json(json.loads(path.read_bytes()))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not valid JSON: {error}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
