@@ -9,6 +9,8 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from engine.config import ModelConfig
 
@@ -113,3 +115,21 @@ def each_spec(specs: Params) -> Iterator[ParamSpec]:
         for field in fields(layer):
             yield getattr(layer, field.name)
     yield specs.final_norm
+
+
+def random_params(config: ModelConfig, *, seed: int, dtype: str) -> Params:
+    """Unquantised random weights on the default device, for tests and benchmarks of shapes that nobody trained."""
+    random = np.random.default_rng(seed)
+
+    def draw(spec: ParamSpec) -> jax.Array:
+        if spec.fan_in is None:
+            return jnp.asarray(1 + 0.1 * random.standard_normal(spec.shape), jnp.float32)
+        values = random.standard_normal(spec.shape, np.float32) * spec.fan_in**-0.5
+        return jnp.asarray(values, dtype_of(spec, dtype))
+
+    return map_specs(draw, param_specs(config))
+
+
+def dtype_of(spec: ParamSpec, dtype: str) -> jnp.dtype:
+    """Matrices are kept in the compute dtype; norms and the router always in float32."""
+    return jnp.dtype(dtype) if spec.is_quantized or "vocab" in spec.axes else jnp.dtype(jnp.float32)

@@ -1,0 +1,81 @@
+"""The experts: each token's chosen ones, each a GELU-gated feed-forward, weighted and summed.
+
+On the CPU the (token, choice) pairs are sorted by expert and every expert multiplies only its own rows, tile by tile; nothing is dropped and
+padding is never computed. Elsewhere every expert computes all rows and unchosen results get weight zero.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from engine.batch import TILE
+from engine.ops.linear import linear
+from engine.ops.tiles import loops_over_tiles
+from engine.shapes import Array, Float, Float32, Int32
+
+
+class Experts(NamedTuple):
+    """Weights of one layer's experts, plain or quantised, stacked on the first axis."""
+
+    gate: Any  # [E, D, F]
+    up: Any  # [E, D, F]
+    down: Any  # [E, F, D]
+
+
+def route(probs: Float32[Array, "rows e"], num_selected: int) -> tuple[Float32[Array, "rows k"], Int32[Array, "rows k"]]:
+    """The largest probabilities, not renormalised, and their experts; the lower index wins a tie."""
+    return jax.lax.top_k(probs, num_selected)
+
+
+def mixture(
+    x: Float[Array, "t d"],
+    weights: Float32[Array, "t k"],
+    chosen: Int32[Array, "t k"],
+    experts: Experts,
+    num_tokens: Int32[Array, ""],
+) -> Float32[Array, "t d"]:
+    """Sum over each token's chosen experts of weight times expert output, in the order of the choices."""
+    by_choice = _sorted(x, chosen, experts, num_tokens) if loops_over_tiles() else _dense(x, chosen, experts)
+    total = jnp.zeros(by_choice.shape[::2], jnp.float32)
+    for choice in range(chosen.shape[1]):
+        total = total + weights[:, choice, None] * by_choice[:, choice]
+    return total
+
+
+def feed_forward(x: Float[Array, "rows d"], experts: Experts, expert: int) -> Float32[Array, "rows d"]:
+    """One expert: tanh-GELU on the gate only."""
+    gate, up, down = (weight[expert] for weight in experts)
+    hidden = jax.nn.gelu(linear(x, gate), approximate=True) * linear(x, up)
+    return linear(hidden.astype(x.dtype), down)
+
+
+def _sorted(x: Float[Array, "t d"], chosen: Int32[Array, "t k"], experts: Experts, num_tokens: Int32[Array, ""]) -> Float32[Array, "t k d"]:
+    num_rows, num_selected = chosen.shape
+    num_experts, num_pairs = experts.gate.shape[0], num_rows * num_selected
+    is_real = jnp.arange(num_pairs, dtype=jnp.int32) // num_selected < num_tokens
+    flat = jnp.where(is_real, chosen.reshape(-1), num_experts)
+    order = jnp.argsort(flat, stable=True).astype(jnp.int32)  # pairs of expert 0 first, padding last
+    counts = jnp.sum(flat[None] == jnp.arange(num_experts, dtype=jnp.int32)[:, None], axis=1, dtype=jnp.int32)
+    starts = jnp.cumsum(counts) - counts
+    padded_order = jnp.pad(order, (0, TILE))
+
+    results = jnp.zeros((num_pairs, x.shape[1]), jnp.float32)
+    for expert in range(num_experts):
+
+        def compute_tile(i: Int32[Array, ""], results: Float32[Array, "pairs d"], expert: int = expert) -> Float32[Array, "pairs d"]:
+            pairs = jax.lax.dynamic_slice_in_dim(padded_order, starts[expert] + i * TILE, TILE)
+            is_own = i * TILE + jnp.arange(TILE, dtype=jnp.int32) < counts[expert]
+            rows = feed_forward(x[pairs // num_selected], experts, expert)
+            return results.at[jnp.where(is_own, pairs, num_pairs)].set(rows, mode="drop")
+
+        results = jax.lax.fori_loop(0, -(-counts[expert] // TILE), compute_tile, results)
+    return results.reshape(num_rows, num_selected, -1)
+
+
+def _dense(x: Float[Array, "t d"], chosen: Int32[Array, "t k"], experts: Experts) -> Float32[Array, "t k d"]:
+    results = jnp.zeros((*chosen.shape, x.shape[1]), jnp.float32)
+    for expert in range(experts.gate.shape[0]):
+        rows = feed_forward(x, experts, expert)
+        results = jnp.where((chosen == expert)[..., None], rows[:, None], results)
+    return results
