@@ -102,9 +102,9 @@ class Tokenizer:
         return self._special.decode([token_id for token_id in token_ids if 0 <= token_id < self.vocab_size])
 
     def surface(self, token_id: int) -> str | int | None:
-        """What a token contributes in the middle of a text: its text, or the value of its one byte, or None for an id beyond the vocabulary.
+        """What a token contributes in the middle of a text: its text (empty for control tokens), or the value of its one byte.
 
-        The text of a control token is empty.
+        None for an id beyond the vocabulary; a model may have more rows than its tokenizer has pieces.
         """
         return self._surfaces[token_id] if 0 <= token_id < self.vocab_size else None
 
