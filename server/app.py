@@ -1,0 +1,53 @@
+"""Wiring only, in reading order: what the routes work with, what wraps every request, the routes, the errors.
+
+Who starts the engine, reads settings or opens a port is not here: see `server/supervisor.py` and `server/cli.py`.
+"""
+
+import time
+from importlib import metadata
+
+from fastapi import FastAPI
+
+from engine.client import EngineClient
+from engine.config import ModelConfig
+from engine.tokenizer import Tokenizer
+from server.admission import Admission
+from server.errors import install_error_handlers
+from server.limits import Limits
+from server.middleware import BodyLimit, HeaderLimit, RequestContext, TidyPath
+from server.observability import Metrics
+from server.routes import completions, health, metrics, models
+from server.services import Services
+
+
+def create_app(
+    *, client: EngineClient, tokenizer: Tokenizer | None, model: ModelConfig, model_name: str, limits: Limits | None = None
+) -> FastAPI:
+    """The whole HTTP side over an engine client, which need not be ready yet.
+
+    `app.state.services` holds the collaborators; `app.state.services.admission.drain()` makes the app refuse new requests for good.
+    """
+    limits = limits or Limits()
+    version = metadata.version("grok-server")
+    app = FastAPI(title="grok-server", version=version, redirect_slashes=False, docs_url=None, redoc_url=None)
+    app.state.services = Services(
+        client=client,
+        tokenizer=tokenizer,
+        model=model,
+        model_name=model_name,
+        limits=limits,
+        admission=Admission(client, limits=limits),
+        metrics=Metrics(client, model_name=model_name),
+        created=int(time.time()),
+        fingerprint=f"grok-server-{version}",
+    )
+
+    app.add_middleware(BodyLimit, limits=limits)  # innermost
+    app.add_middleware(TidyPath)
+    app.add_middleware(HeaderLimit, limits=limits)
+    app.add_middleware(RequestContext)  # outermost
+
+    for routes in (completions, models, health, metrics):
+        app.include_router(routes.router)
+    install_error_handlers(app)
+    return app

@@ -1,0 +1,265 @@
+"""What the server answers when it does not answer what was asked, and the one translation of all of it to OpenAI's error body.
+
+    ApiError                      status  code
+    ├── InvalidRequest            400     null             `param` names the field
+    │   └── ContextLengthExceeded 400     context_length_exceeded
+    ├── ModelNotFound             404     model_not_found
+    ├── BodyTimeout               408     body_timeout
+    ├── BodyTooLarge              413     body_too_large
+    ├── UnsupportedBody           415     unsupported_body
+    ├── HeadersTooLarge           431     headers_too_large
+    ├── InternalError             500     internal_error
+    ├── Unavailable               503     server_overloaded, shutting_down, model_loading, engine_restarting
+    └── DeadlineExceeded          504     deadline_exceeded
+
+The body is `{"error": {"message", "type", "param", "code"}}`: all four always there, `type` is `invalid_request_error` below 500 and
+`server_error` from there on, `code` a string or null, `param` a bare field name or null. What a retry cannot cure says
+`x-should-retry: false`; 503 says when to come back. Messages are bounded and hold no prompt, no path and no traceback.
+"""
+
+import math
+from typing import Any, cast
+
+import structlog
+from fastapi import FastAPI, Request
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse, Response
+
+from engine.errors import EngineDiedError, RequestError
+from server.limits import Limits
+
+log = structlog.get_logger(__name__)
+
+MAX_SHOWN_VALUE_CHARS = 60
+
+
+class ApiError(Exception):
+    """Base of every refusal; `message` is for the client."""
+
+    status = 500
+    code: str | None = None
+    is_retryable = False
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Headers that go out with this error."""
+        return {} if self.is_retryable else {"x-should-retry": "false"}
+
+
+class InvalidRequest(ApiError):
+    """The request itself is wrong; `param` names the field where one is to blame."""
+
+    status = 400
+
+
+class ContextLengthExceeded(InvalidRequest):
+    """Prompt plus output can never fit."""
+
+    code = "context_length_exceeded"
+
+
+class ModelNotFound(ApiError):
+    """Another model than the one served here."""
+
+    status = 404
+    code = "model_not_found"
+
+
+class _UnreadableRequest(ApiError):
+    """Refused before the body was read to its end, so the connection cannot be used again."""
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return super().headers | {"connection": "close"}
+
+
+class BodyTimeout(_UnreadableRequest):
+    """The body came too slowly."""
+
+    status = 408
+    code = "body_timeout"
+    is_retryable = True
+
+
+class BodyTooLarge(_UnreadableRequest):
+    """More bytes than the limit."""
+
+    status = 413
+    code = "body_too_large"
+
+
+class UnsupportedBody(_UnreadableRequest):
+    """Not JSON, or encoded in a way that is not read here."""
+
+    status = 415
+    code = "unsupported_body"
+
+
+class HeadersTooLarge(_UnreadableRequest):
+    """More header bytes than the limit."""
+
+    status = 431
+    code = "headers_too_large"
+
+
+class InternalError(ApiError):
+    """This request failed through no fault of its own; the message says nothing about the inside."""
+
+    status = 500
+    code = "internal_error"
+
+
+class Unavailable(ApiError):
+    """Not now. `code` says why; the client may come back after `retry_after_s`."""
+
+    status = 503
+    is_retryable = True
+
+    def __init__(self, message: str, *, code: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.code = code
+        self.retry_after_s = retry_after_s
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"retry-after": str(math.ceil(self.retry_after_s)), "retry-after-ms": str(math.ceil(self.retry_after_s * 1000))}
+
+
+class DeadlineExceeded(ApiError):
+    """The request's own time was up before anything could be answered."""
+
+    status = 504
+    code = "deadline_exceeded"
+
+
+def error_body(error: ApiError) -> dict[str, Any]:
+    """OpenAI's error object, with all four fields."""
+    kind = "invalid_request_error" if error.status < 500 else "server_error"
+    return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
+
+
+def error_response(error: ApiError) -> JSONResponse:
+    """The whole answer to a request that ended in `error`."""
+    return JSONResponse(error_body(error), status_code=error.status, headers=error.headers)
+
+
+def as_api_error(error: Exception, *, request_id: str, limits: Limits) -> ApiError:
+    """The one translation: whatever was raised, as what the client is told. The unexpected becomes a generic `InternalError`."""
+    match error:
+        case ApiError():
+            return error
+        case ValidationError():
+            return _from_validation(error, max_chars=limits.max_message_chars)
+        case RequestError():
+            return InvalidRequest(shortened(str(error), limits.max_message_chars))
+        case EngineDiedError():
+            return Unavailable(
+                "the engine ended while this request ran and is being restarted; send it again",
+                code="engine_restarting",
+                retry_after_s=limits.retry_after_s,
+            )
+        case _:
+            return InternalError(f"internal error; the server's log has the details under request id {request_id}")
+
+
+def shortened(text: str, limit: int) -> str:
+    """At most `limit` characters of `text`, printable, with the middle left out."""
+    clean = "".join(char if char.isprintable() else "?" for char in (text if len(text) <= 4 * limit else text[:limit] + text[-limit:]))
+    if len(clean) <= limit:
+        return clean
+    return f"{clean[: limit // 2]} ... {clean[-limit // 2 + 5 :]}"
+
+
+def shown(value: object) -> str:
+    """A client's value inside a message: short, printable and never expensive to make."""
+    match value:
+        case str():
+            return shortened(repr(value[:MAX_SHOWN_VALUE_CHARS]), MAX_SHOWN_VALUE_CHARS)
+        case list():
+            return f"a list of {len(cast('list[Any]', value))}"
+        case dict():
+            return f"an object with {len(cast('dict[str, Any]', value))} fields"
+        case bool() | None:
+            return {True: "true", False: "false", None: "null"}[value]
+        case int() if value.bit_length() > 128:
+            return "an integer of more than 128 bits"
+        case _:
+            return shortened(repr(value), MAX_SHOWN_VALUE_CHARS)
+
+
+def _from_validation(error: ValidationError, *, max_chars: int) -> InvalidRequest:
+    """The first complaint, in one line; the others would only grow the answer."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    if first["type"] == "json_invalid":
+        return InvalidRequest(shortened(f"the body is not valid JSON: {first['msg'].removeprefix('Invalid JSON: ')}", max_chars))
+    if not first["loc"]:
+        return InvalidRequest(shortened(first["msg"].removeprefix("Value error, "), max_chars))
+    param = shortened(str(first["loc"][0]), MAX_SHOWN_VALUE_CHARS)
+    where = shortened(".".join(str(part) for part in first["loc"][:3]), MAX_SHOWN_VALUE_CHARS)
+    complaint = first["msg"].removeprefix("Value error, ")
+    return InvalidRequest(
+        shortened(f"{where}: {complaint[:1].lower()}{complaint[1:]}, found {shown(first['input'])}", max_chars), param=param
+    )
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Make every way a route can end speak the same error body."""
+    for kind in (ApiError, ValidationError, RequestError, EngineDiedError):
+        app.add_exception_handler(kind, _answer_known)
+    app.add_exception_handler(HTTPException, _answer_http)
+    app.add_exception_handler(ClientDisconnect, _answer_nobody)
+    app.add_exception_handler(Exception, _answer_unexpected)
+
+
+def _translated(request: Request, error: Exception) -> ApiError:
+    return as_api_error(error, request_id=request.state.request_id, limits=request.app.state.services.limits)
+
+
+async def _answer_known(request: Request, error: Exception) -> Response:
+    return error_response(_translated(request, error))
+
+
+async def _answer_http(request: Request, error: Exception) -> Response:
+    """Unknown routes and methods, which the router reports."""
+    assert isinstance(error, HTTPException)
+    allowed = (error.headers or {}).get("Allow")
+    if error.status_code == 405 and request.method == "OPTIONS" and allowed:
+        return Response(status_code=204, headers={"allow": f"{allowed}, OPTIONS"})
+    told = ApiError(_http_message(request, error.status_code))
+    told.status = error.status_code
+    response = error_response(told)
+    if allowed:
+        response.headers["allow"] = allowed
+    return response
+
+
+def _http_message(request: Request, status: int) -> str:
+    path = shown(request.url.path)
+    match status:
+        case 404:
+            return f"there is no route {path}; the completions endpoint is /v1/completions"
+        case 405:
+            return f"{path} does not answer {shown(request.method)}"
+        case _:
+            return "the request could not be read"
+
+
+async def _answer_nobody(request: Request, error: Exception) -> Response:  # noqa: ARG001
+    """The client left: the status is for the access log alone."""
+    return Response(status_code=499)
+
+
+async def _answer_unexpected(request: Request, error: Exception) -> Response:
+    """A bug of ours. The error goes on to the server's log with its traceback; the client gets the id to find it by."""
+    request_id = request.state.request_id
+    log.error("unhandled error", request_id=request_id, error=type(error).__name__)
+    response = error_response(_translated(request, error))
+    response.headers["x-request-id"] = request_id
+    return response

@@ -1,0 +1,230 @@
+"""From a wire type to what the engine takes: field checks that need the model or the limits, tokenising, one request per choice.
+
+Two steps, so that admission stands between them: `check_completion` looks at the fields alone and says how many sequences the request
+fans out to; `build_requests` tokenises and checks lengths. After these two nobody checks a request again.
+"""
+
+import asyncio
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from engine.tokenizer import Tokenizer
+from engine.types import EngineInfo, GenerationRequest, SamplingParams
+from server.errors import ContextLengthExceeded, InvalidRequest, ModelNotFound, shown
+from server.limits import Limits
+from server.schemas.common import SamplingFields
+from server.schemas.completions import CompletionRequest, IdPrompts, TextPrompts
+
+DEFAULT_MAX_TOKENS = 16
+INLINE_CHARS = 2048  # up to this much text is tokenised on the event loop: a thread would cost more
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompletionPlan:
+    """A completions request whose fields are all in range; its prompts may still be too long."""
+
+    prompts: TextPrompts | IdPrompts
+    sampling: SamplingParams  # without the seed, which is per prompt
+    seed: int | None
+    max_tokens: int | None  # None: the default, or what room the context leaves
+    num_choices: int  # answered per prompt
+    num_candidates: int  # run per prompt; more than num_choices with best_of
+    logprobs: int | None  # as the client asked, for the answer
+    echo: bool
+    stop: tuple[str, ...]
+    include_stop: bool
+    tokens_as_ids: bool
+    parse_special_tokens: bool
+    add_bos: bool
+    stream: bool
+    include_usage: bool
+    timeout_s: float | None
+
+    @property
+    def num_sequences(self) -> int:
+        """How many sequences the engine will run for it."""
+        return len(self.prompts) * self.num_candidates
+
+
+def check_completion(body: CompletionRequest, *, limits: Limits, info: EngineInfo, model_name: str) -> CompletionPlan:
+    """Check every field that the schema alone cannot. Raises `InvalidRequest` with the field, or `ModelNotFound`."""
+    if body.model is not None and body.model != model_name:
+        raise ModelNotFound(f"the model {shown(body.model)} does not exist; this server serves {model_name!r}", param="model")
+    if body.suffix:
+        raise InvalidRequest("suffix is not supported: this model has no infill; leave it out", param="suffix")
+    _check_options(body, limits=limits)
+    max_logprobs = min(limits.max_logprobs, info.max_logprobs)
+    if body.logprobs is not None and body.logprobs > max_logprobs:
+        raise InvalidRequest(f"logprobs is {shown(body.logprobs)}, at most {max_logprobs} are given", param="logprobs")
+    if body.max_tokens is not None and body.min_tokens > body.max_tokens:
+        raise InvalidRequest(f"min_tokens {shown(body.min_tokens)} is above max_tokens {shown(body.max_tokens)}", param="min_tokens")
+    num_candidates = _num_candidates(body)
+    if len(body.prompt) > limits.max_prompts:
+        raise InvalidRequest(f"{len(body.prompt):,} prompts in one request, the limit is {limits.max_prompts:,}", param="prompt")
+    if len(body.prompt) * num_candidates > limits.max_sequences:
+        raise InvalidRequest(
+            f"{len(body.prompt):,} prompts with {num_candidates} choices each exceed the limit of {limits.max_sequences:,} sequences",
+            param="best_of" if num_candidates > body.n else "n",
+        )
+    ranks_candidates = num_candidates > body.n
+    return CompletionPlan(
+        prompts=body.prompt,
+        sampling=replace(
+            _sampling(body, info=info, limits=limits),
+            logprobs=0 if body.logprobs is None and ranks_candidates else body.logprobs,
+            prompt_logprobs=body.logprobs if body.echo else None,
+        ),
+        seed=body.seed,
+        max_tokens=body.max_tokens,
+        num_choices=body.n,
+        num_candidates=num_candidates,
+        logprobs=body.logprobs,
+        echo=body.echo,
+        stop=body.stop,
+        include_stop=body.include_stop_str_in_output,
+        tokens_as_ids=body.return_tokens_as_token_ids,
+        parse_special_tokens=body.parse_special_tokens,
+        add_bos=body.add_special_tokens,
+        stream=body.stream,
+        include_usage=body.stream_options is not None and body.stream_options.include_usage,
+        timeout_s=body.timeout,
+    )
+
+
+async def build_requests(
+    plan: CompletionPlan, *, tokenizer: Tokenizer | None, bos_token: int, info: EngineInfo, request_id: str, arrival_s: float | None = None
+) -> tuple[GenerationRequest, ...]:
+    """One request per prompt and candidate, prompt-major.
+
+    Raises `InvalidRequest` for ids outside the vocabulary or text without a tokenizer, `ContextLengthExceeded` where prompt and output
+    do not fit `info.max_model_len`. An explicit `max_tokens` must fit; the default shrinks to the room there is, down to one token.
+    """
+    arrival_s = time.monotonic() if arrival_s is None else arrival_s
+    id_prompts = await _tokenized(plan, tokenizer=tokenizer, bos_token=bos_token)
+    requests: list[GenerationRequest] = []
+    for prompt_index, ids in enumerate(id_prompts):
+        _check_ids(ids, vocab_size=info.vocab_size, param="prompt")
+        sampling = replace(
+            plan.sampling,
+            max_tokens=_max_tokens(plan, prompt_len=len(ids), info=info),
+            seed=secrets.randbits(63) if plan.seed is None else plan.seed,
+        )
+        requests += [
+            GenerationRequest(
+                request_id=f"{request_id}-{prompt_index}-{choice}",
+                prompt_token_ids=ids,
+                sampling=sampling,
+                choice=choice,
+                arrival_s=arrival_s,
+                deadline_s=None if plan.timeout_s is None else arrival_s + plan.timeout_s,
+            )
+            for choice in range(plan.num_candidates)
+        ]
+    return tuple(requests)
+
+
+def _check_options(body: SamplingFields, *, limits: Limits) -> None:
+    if body.stream_options is not None and not body.stream:
+        raise InvalidRequest("stream_options is only allowed with stream: true", param="stream_options")
+    if not body.skip_special_tokens:
+        raise InvalidRequest("skip_special_tokens: false is not supported; control tokens have no text here", param="skip_special_tokens")
+    if body.timeout is not None and body.timeout > limits.max_timeout_s:
+        raise InvalidRequest(f"timeout is {body.timeout:g} seconds, the limit is {limits.max_timeout_s:g}", param="timeout")
+    if len(body.stop) > limits.max_stop_strings:
+        raise InvalidRequest(f"{len(body.stop):,} stop strings, the limit is {limits.max_stop_strings}", param="stop")
+    if any(len(string) > limits.max_stop_chars for string in body.stop):
+        raise InvalidRequest(f"a stop string has more than {limits.max_stop_chars} characters", param="stop")
+    if len(body.stop_token_ids) > limits.max_stop_token_ids:
+        raise InvalidRequest(
+            f"{len(body.stop_token_ids):,} stop token ids, the limit is {limits.max_stop_token_ids}", param="stop_token_ids"
+        )
+
+
+def _num_candidates(body: CompletionRequest) -> int:
+    """How many to run per prompt. Raises where `best_of` contradicts the rest; 0 is OpenAI's way to leave it out."""
+    if not body.best_of:
+        return body.n
+    if body.best_of < body.n:
+        raise InvalidRequest(f"best_of {body.best_of} is below n {body.n}", param="best_of")
+    if body.best_of > 1 and body.stream and body.best_of > body.n:
+        raise InvalidRequest("best_of cannot be streamed: which choice is best is known at the end", param="best_of")
+    return body.best_of
+
+
+def _sampling(body: SamplingFields, *, info: EngineInfo, limits: Limits) -> SamplingParams:
+    """What the fields mean to the engine. `top_p: 0` keeps the likeliest token alone, which is `top_k: 1`."""
+    _check_ids(body.stop_token_ids, vocab_size=info.vocab_size, param="stop_token_ids")
+    return SamplingParams(
+        temperature=body.temperature,
+        top_p=body.top_p or 1.0,
+        top_k=1 if body.top_p == 0 else min(max(body.top_k, 0), info.vocab_size),
+        min_p=body.min_p,
+        min_tokens=body.min_tokens,
+        ignore_eos=body.ignore_eos,
+        stop_token_ids=body.stop_token_ids,
+        presence_penalty=body.presence_penalty,
+        frequency_penalty=body.frequency_penalty,
+        repetition_penalty=body.repetition_penalty,
+        logit_bias=_logit_bias(body.logit_bias, vocab_size=info.vocab_size, limits=limits),
+    )
+
+
+def _logit_bias(raw: Mapping[str, Any], *, vocab_size: int, limits: Limits) -> dict[int, float]:
+    if len(raw) > limits.max_logit_bias:
+        raise InvalidRequest(f"logit_bias has {len(raw):,} entries, the limit is {limits.max_logit_bias:,}", param="logit_bias")
+    bias: dict[int, float] = {}
+    for key, value in raw.items():
+        if not (key.isascii() and key.isdecimal() and len(key) <= 10 and int(key) < vocab_size):
+            raise InvalidRequest(f"logit_bias: {shown(key)} is no token id below {vocab_size:,}", param="logit_bias")
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not (is_number and -100 <= value <= 100):
+            raise InvalidRequest(
+                f"logit_bias: the bias of token {key} must be a number from -100 to 100, found {shown(value)}", param="logit_bias"
+            )
+        bias[int(key)] = float(value)
+    return bias
+
+
+def _check_ids(ids: tuple[int, ...], *, vocab_size: int, param: str) -> None:
+    if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
+        found = next(token for token in ids if not 0 <= token < vocab_size)
+        raise InvalidRequest(f"{param}: token id {shown(found)} is outside the vocabulary of {vocab_size:,}", param=param)
+
+
+async def _tokenized(plan: CompletionPlan, *, tokenizer: Tokenizer | None, bos_token: int) -> IdPrompts:
+    """The prompts as ids. An empty text is the document start; other texts get no start token unless asked for."""
+    prompts = plan.prompts
+    if not isinstance(prompts[0], str):
+        return prompts  # pyright: ignore[reportReturnType]
+    texts: TextPrompts = prompts  # pyright: ignore[reportAssignmentType]
+    if tokenizer is None and any(texts):
+        raise InvalidRequest("this server runs without a tokenizer: send the prompt as a list of token ids", param="prompt")
+
+    def encode_all() -> IdPrompts:
+        return tuple(encode(text) for text in texts)
+
+    def encode(text: str) -> tuple[int, ...]:
+        if not text or tokenizer is None:
+            return (bos_token,)
+        ids = tokenizer.encode(text, parse_special_tokens=plan.parse_special_tokens)
+        return (bos_token, *ids) if plan.add_bos or not ids else tuple(ids)
+
+    num_chars = sum(map(len, texts))
+    return encode_all() if num_chars <= INLINE_CHARS else await asyncio.to_thread(encode_all)
+
+
+def _max_tokens(plan: CompletionPlan, *, prompt_len: int, info: EngineInfo) -> int:
+    room = info.max_model_len - prompt_len
+    if plan.max_tokens is None and room >= 1:
+        return max(min(DEFAULT_MAX_TOKENS, room), min(plan.sampling.min_tokens, room))
+    wanted = 1 if plan.max_tokens is None else plan.max_tokens
+    if wanted > room:
+        raise ContextLengthExceeded(
+            f"the prompt is {prompt_len:,} tokens and {shown(wanted)} more are asked for, the model takes {info.max_model_len:,} together; "
+            "shorten the prompt or lower max_tokens",
+            param="prompt" if room < 0 else "max_tokens",
+        )
+    return wanted

@@ -1,0 +1,1 @@
+"""The routes: thin. Each reads, asks the file that knows, and answers."""

@@ -1,0 +1,74 @@
+"""`POST /v1/completions`: read, check, admit, tokenise, run, answer."""
+
+import re
+import time
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass
+from typing import Annotated
+
+import msgspec
+from fastapi import APIRouter, Depends, Request
+from starlette.responses import Response
+
+from engine.types import EngineInfo
+from server.answer import CompletionAnswer
+from server.preprocess import CompletionPlan, build_requests, check_completion
+from server.schemas.common import json_answer, json_request
+from server.schemas.completions import Completion, CompletionRequest
+from server.services import FromApp
+from server.streaming import CompletionStream, unless_disconnected
+
+router = APIRouter()
+
+IGNORED_FIELDS_HEADER = "x-ignored-fields"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Admitted:
+    """A checked request that holds its place until the answer is out."""
+
+    plan: CompletionPlan
+    info: EngineInfo
+    arrival_s: float
+    headers: dict[str, str]
+
+
+async def admitted(request: Request, services: FromApp) -> AsyncIterator[Admitted]:
+    """Read, check and admit; FastAPI leaves this after the last byte of the answer, which gives the place back."""
+    arrival_s = time.monotonic()
+    info = services.admission.check_open()
+    body = CompletionRequest.from_body(await request.body())
+    plan = check_completion(body, limits=services.limits, info=info, model_name=services.model_name)
+    with services.admission.permit(plan.num_sequences):
+        headers = ignored_fields_header(body.unknown_fields, limit=services.limits.max_ignored_fields)
+        yield Admitted(plan=plan, info=info, arrival_s=arrival_s, headers=headers)
+
+
+@router.post("/v1/completions", openapi_extra=json_request(CompletionRequest), responses=json_answer(Completion))
+async def create_completion(request: Request, services: FromApp, admission: Annotated[Admitted, Depends(admitted)]) -> Response:
+    """Continue one or more prompts."""
+    request_id: str = request.state.request_id
+    requests = await build_requests(
+        admission.plan,
+        tokenizer=services.tokenizer,
+        bos_token=services.model.bos_token,
+        info=admission.info,
+        request_id=request_id,
+        arrival_s=admission.arrival_s,
+    )
+    answer = CompletionAnswer(admission.plan, requests, services=services, request_id=request_id)
+    if admission.plan.stream:
+        return CompletionStream(answer, limits=services.limits, request_id=request_id, headers=admission.headers)
+    whole = await unless_disconnected(request.receive, answer.collect())
+    return Response(msgspec.json.encode(whole), media_type="application/json", headers=admission.headers)
+
+
+def ignored_fields_header(names: Iterable[str], *, limit: int) -> dict[str, str]:
+    """`x-ignored-fields: a, b` for fields that mean nothing here; nothing where there are none.
+
+    At most `limit` names of at most 64 characters each, then `...`; characters a header cannot carry become `?`.
+    """
+    safe = [re.sub(r"[^A-Za-z0-9_.-]", "?", name[:64]) for name in names]
+    if not safe:
+        return {}
+    return {IGNORED_FIELDS_HEADER: ", ".join(safe[:limit] + ["..."] * (len(safe) > limit))}

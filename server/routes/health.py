@@ -1,0 +1,40 @@
+"""`/livez`: this process answers. `/readyz` and `/health`: requests are taken, or how far the start has come."""
+
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.responses import JSONResponse
+
+from engine.types import Progress
+from server.errors import Unavailable
+from server.services import FromApp
+
+router = APIRouter()
+
+
+@router.get("/livez")
+@router.head("/livez", include_in_schema=False)
+async def livez() -> JSONResponse:
+    """200 for as long as the event loop turns."""
+    return JSONResponse({"status": "alive"})
+
+
+@router.get("/readyz")
+@router.head("/readyz", include_in_schema=False)
+@router.get("/health")
+@router.head("/health", include_in_schema=False)
+async def readyz(services: FromApp) -> JSONResponse:
+    """200 while requests are taken; else 503 with the reason, and the phase and percentage of a start."""
+    try:
+        services.admission.check_open()
+    except Unavailable as reason:
+        body = {"status": reason.code, **_progress(services.client.progress)}
+        return JSONResponse(body, status_code=503, headers=reason.headers)
+    return JSONResponse({"status": "ready", "model": services.model_name})
+
+
+def _progress(progress: Progress | None) -> dict[str, Any]:
+    if progress is None:
+        return {"phase": None, "percent": None}
+    percent = round(100 * progress.done / progress.total, 1) if progress.total else 0.0
+    return {"phase": progress.phase, "percent": percent}

@@ -1,0 +1,153 @@
+"""What every endpoint that generates shares on the wire: how a body is read, the sampling fields, usage.
+
+Types are strict: `true` is not 1, `"5"` is not 5, NaN is not a number. `null` means the default. Bounds that depend on the model or on the
+table of limits are checked by `server/preprocess.py`, the others here.
+"""
+
+from typing import Annotated, Any, Self, cast
+
+import msgspec
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema, model_validator
+
+INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
+
+
+class WireModel(BaseModel):
+    """A JSON object from a client. Fields it does not know are kept aside, to be named in a response header."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, frozen=True, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_means_default(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            raise ValueError("the body must be a JSON object")
+        return {name: value for name, value in cast("dict[str, Any]", data).items() if value is not None}
+
+    @classmethod
+    def from_body(cls, body: bytes) -> Self:
+        """Read a request body. Raises pydantic's `ValidationError`, which `server/errors.py` translates."""
+        return cls.model_validate_json(body)
+
+    @property
+    def unknown_fields(self) -> tuple[str, ...]:
+        """Names the client sent that mean nothing here."""
+        return tuple(self.model_extra or ())
+
+
+def _token_ids(value: Any) -> tuple[int, ...]:
+    items = cast("list[Any]", value) if isinstance(value, list) else [value]
+    if not isinstance(value, list) or set(map(type, items)) - {int}:
+        raise ValueError("must be a list of token ids")
+    return tuple(items)
+
+
+def _stop_strings(value: Any) -> tuple[str, ...]:
+    strings = cast("list[Any]", value) if isinstance(value, list) else [value]
+    if set(map(type, strings)) - {str}:
+        raise ValueError("must be a string or a list of strings")
+    if "" in strings:
+        raise ValueError("an empty stop string would stop everywhere")
+    return tuple(strings)
+
+
+def _object(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError("must be an object of token ids to numbers")
+    return cast("dict[str, Any]", value)
+
+
+TokenIds = Annotated[
+    tuple[int, ...], PlainValidator(_token_ids), WithJsonSchema({"type": "array", "items": {"type": "integer", "minimum": 0}})
+]
+StopStrings = Annotated[
+    tuple[str, ...],
+    PlainValidator(_stop_strings),
+    WithJsonSchema({"anyOf": [{"type": "string", "minLength": 1}, {"type": "array", "items": {"type": "string", "minLength": 1}}]}),
+]
+LogitBias = Annotated[
+    dict[str, Any],
+    PlainValidator(_object),
+    WithJsonSchema({"type": "object", "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100}}),
+]
+
+
+class StreamOptions(WireModel):
+    """Options that only mean something with `stream`."""
+
+    include_usage: bool = False
+    include_obfuscation: bool = False  # accepted; there is nothing to obfuscate
+
+
+class SamplingFields(WireModel):
+    """How tokens are chosen: OpenAI's fields, then the extra ones other servers have taught clients."""
+
+    temperature: float = Field(1.0, ge=0, le=2)
+    top_p: float = Field(1.0, ge=0, le=1)
+    n: int = Field(1, ge=1, le=128)
+    seed: int | None = Field(None, ge=INT64_MIN, le=INT64_MAX)
+    stop: StopStrings = ()
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    logit_bias: LogitBias = Field(default_factory=dict)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    metadata: Any = None
+    store: Any = None
+    service_tier: Any = None
+
+    top_k: int = Field(0, ge=-1, le=INT64_MAX)  # 0 and -1: all
+    min_p: float = Field(0.0, ge=0, le=1)
+    repetition_penalty: float = Field(1.0, gt=0, le=10)
+    min_tokens: int = Field(0, ge=0)
+    ignore_eos: bool = False
+    stop_token_ids: TokenIds = ()
+    include_stop_str_in_output: bool = False
+    parse_special_tokens: bool = False
+    add_special_tokens: bool = False
+    skip_special_tokens: bool = True
+    return_tokens_as_token_ids: bool = False
+    timeout: float | None = Field(None, gt=0)  # seconds from arrival
+
+
+class PromptTokensDetails(msgspec.Struct, frozen=True, kw_only=True):
+    cached_tokens: int
+
+
+class Usage(msgspec.Struct, frozen=True, kw_only=True):
+    """Tokens of one request: each prompt counted once, every generated token of every choice."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+def json_request(model: type[BaseModel]) -> dict[str, Any]:
+    """The OpenAPI part of a route that reads its body itself."""
+    schema = _inlined(model.model_json_schema())
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def json_answer(struct: type[msgspec.Struct]) -> dict[int | str, dict[str, Any]]:
+    """The OpenAPI part of a route that answers with a msgspec struct."""
+    schema = msgspec.json.schema(struct)
+    return {200: {"description": "OK", "content": {"application/json": {"schema": _inlined(schema)}}}}
+
+
+def _inlined(schema: dict[str, Any]) -> dict[str, Any]:
+    """A schema that refers to nothing outside itself: OpenAPI resolves `$ref` from the top of its own document."""
+    definitions = schema.get("$defs", {})
+
+    def inline(node: Any) -> Any:
+        if isinstance(node, list):
+            return [inline(item) for item in cast("list[Any]", node)]
+        if not isinstance(node, dict):
+            return node
+        fields = cast("dict[str, Any]", node)
+        if "$ref" in fields:
+            return inline(definitions[fields["$ref"].rpartition("/")[2]])
+        return {key: inline(value) for key, value in fields.items() if key != "$defs"}
+
+    return inline(schema)

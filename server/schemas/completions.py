@@ -1,0 +1,94 @@
+"""The wire types of `POST /v1/completions`: the request as OpenAI documents it, and one answer shape for streamed and whole alike."""
+
+from typing import Annotated, Any, cast
+
+import msgspec
+from pydantic import Field, PlainValidator, WithJsonSchema
+
+from server.schemas.common import SamplingFields, Usage
+
+TextPrompts = tuple[str, ...]
+IdPrompts = tuple[tuple[int, ...], ...]
+
+
+def _prompts(value: Any) -> TextPrompts | IdPrompts:
+    """The four forms of a prompt as one: a tuple of texts or a tuple of id tuples. Looks at types with one pass in C per list."""
+    if isinstance(value, str):
+        return (value,)
+    if not isinstance(value, list):
+        raise ValueError("must be a string, a list of strings, a list of token ids, or a list of lists of token ids")
+    items = cast("list[Any]", value)
+    if not items:
+        raise ValueError("the list is empty; leave the prompt out to start a new document")
+    kinds = set(map(type, items))
+    if kinds == {str}:
+        return tuple(items)
+    if kinds == {int}:
+        return (tuple(items),)
+    if kinds == {list}:
+        if not all(items):
+            raise ValueError("one of the lists of token ids is empty; leave the prompt out to start a new document")
+        if all(set(map(type, ids)) == {int} for ids in items):
+            return tuple(map(tuple, items))
+    raise ValueError("must be a string, a list of strings, a list of token ids, or a list of lists of token ids, not a mixture")
+
+
+_IDS_SCHEMA = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}}
+
+Prompts = Annotated[
+    TextPrompts | IdPrompts,
+    PlainValidator(_prompts),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string"},
+                {"type": "array", "minItems": 1, "items": {"type": "string"}},
+                _IDS_SCHEMA,
+                {"type": "array", "minItems": 1, "items": _IDS_SCHEMA},
+            ]
+        }
+    ),
+]
+
+
+class CompletionRequest(SamplingFields):
+    """A body of `POST /v1/completions`. `prompt` is always a tuple here; no prompt is one empty text, the document start."""
+
+    model: str | None = None
+    prompt: Prompts = ("",)
+    suffix: str = ""
+    max_tokens: int | None = Field(None, ge=0)
+    best_of: int | None = Field(None, ge=0, le=20)
+    logprobs: int | None = Field(None, ge=0)
+    echo: bool = False
+
+
+class Logprobs(msgspec.Struct, frozen=True, kw_only=True):
+    """Four parallel lists, one entry per reported token; the first token of an echoed prompt has no probability."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class CompletionChoice(msgspec.Struct, frozen=True, kw_only=True):
+    """One choice, or in a stream one piece of it."""
+
+    index: int
+    text: str
+    logprobs: Logprobs | None
+    finish_reason: str | None
+    stop_reason: str | int | None
+
+
+class Completion(msgspec.Struct, frozen=True, kw_only=True):
+    """The answer, and each chunk of a streamed one. `usage` is left out of chunks unless the client asked for it."""
+
+    id: str
+    object: str = "text_completion"
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[CompletionChoice]
+    usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
