@@ -1,0 +1,213 @@
+"""`python -m engine --fd N` is the engine process; `server/supervisor.py` starts it with one end of a socket pair as descriptor N.
+
+Two threads. The reader turns frames into messages; the end of the connection, at any time, ends the process at once, so that no engine
+outlives its server, not even one that is loading or compiling. The main thread builds the engine and then runs the loop: take what
+arrived, step, send the news. jax is imported only when the options are here and the reader is watching.
+
+The process ends in three ways: with its connection (status 0), because it cannot start for a reason that a restart does not cure (2, after
+`Failed` with the reason), or by an unexpected exception, traceback on stderr (1; the supervisor starts another). Ctrl-C in the terminal and
+a service manager's SIGTERM reach the whole process group and are ignored here: the server decides when to end.
+"""
+
+import argparse
+import faulthandler
+import gc
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+from engine.config import EngineOptions
+from engine.errors import EngineError, RequestError, TransportError
+from engine.messages import (
+    Abort,
+    Configure,
+    Deltas,
+    Failed,
+    FromEngine,
+    FromServer,
+    Ready,
+    Refused,
+    Report,
+    Submit,
+    decode_from_server,
+    encode,
+)
+from engine.transport import BlockingChannel
+from engine.types import EngineInfo, EngineStats, GenerationRequest, Progress, TokenDelta
+
+SIGN_OF_LIFE_S = 0.5  # at most this long without a message while there is work
+CPU_CACHE_BYTES = 512 << 20
+WORKSPACE_BYTES = 2 << 30  # of an accelerator: activations and what the programs themselves take
+
+START_FAILED = 2
+CRASHED = 1
+
+
+class Core(Protocol):
+    """What the loop drives; `engine/core.py` has the real one."""
+
+    info: EngineInfo
+
+    def submit(self, request: GenerationRequest) -> None:
+        """Raises `RequestError` for a request that can never run."""
+        ...
+
+    def abort(self, request_id: str) -> None: ...
+
+    @property
+    def has_work(self) -> bool: ...
+
+    def step(self) -> list[TokenDelta]: ...
+
+    def stats(self) -> EngineStats: ...
+
+
+Build = Callable[[EngineOptions, Callable[[Progress], None]], Core]
+
+
+class EngineLoop:
+    """Messages in, steps, messages out. Neither waits nor knows threads; `run_engine` drives it."""
+
+    def __init__(self, core: Core, *, send: Callable[[FromEngine], None], clock: Callable[[], float] = time.monotonic) -> None:
+        self._core = core
+        self._send = send
+        self._clock = clock
+        self._last_stats: EngineStats | None = None
+        self._last_sent_s = clock()
+
+    def take(self, message: FromServer) -> None:
+        """Let one message change what the next turn does."""
+        match message:
+            case Submit(request=request):
+                try:
+                    self._core.submit(request)
+                except RequestError as error:
+                    self._send(Refused(request.request_id, str(error)))
+            case Abort(request_id=request_id):
+                self._core.abort(request_id)
+            case Configure():
+                raise TransportError("the server configured an engine that is already running")
+
+    def turn(self) -> None:
+        """One step where there is work; then the news, if there is any."""
+        deltas = self._core.step() if self._core.has_work else []
+        stats = self._core.stats()
+        if deltas or self._is_worth_telling(stats):
+            self._send(Deltas(deltas, stats))
+            self._last_stats, self._last_sent_s = stats, self._clock()
+
+    def _is_worth_telling(self, stats: EngineStats) -> bool:
+        """Without deltas: the last gauges before a pause, and a sign of life during long work."""
+        if stats == self._last_stats:
+            return False
+        return not self._core.has_work or self._clock() - self._last_sent_s >= SIGN_OF_LIFE_S
+
+
+def run_engine(channel: BlockingChannel, *, build: Build, on_disconnect: Callable[[], None]) -> int:
+    """Build what the first message asks for and serve it until the connection ends; returns the exit status.
+
+    `on_disconnect` is called in the reader's thread at the end of the connection, whatever the main thread is doing then.
+    """
+    inbox: queue.SimpleQueue[FromServer | None] = queue.SimpleQueue()
+    threading.Thread(target=_read, args=(channel, inbox, on_disconnect), name="reader", daemon=True).start()
+    configure = inbox.get()
+    if configure is None:
+        return 0
+    if not isinstance(configure, Configure):
+        raise TransportError(f"the first message must be Configure, found {type(configure).__name__}")
+    try:
+        core = build(configure.options, lambda progress: channel.send(encode(Report(progress))))
+    except EngineError as error:
+        channel.send(encode(Failed(str(error))))
+        return START_FAILED
+    loop = EngineLoop(core, send=lambda message: channel.send(encode(message)))
+    _settle_memory()
+    channel.send(encode(Ready(core.info)))
+    while True:
+        for message in _arrived(inbox, wait=not core.has_work):
+            if message is None:
+                return 0
+            loop.take(message)
+        loop.turn()
+
+
+def build_on_devices(options: EngineOptions, report: Callable[[Progress], None]) -> Core:
+    """The real engine. Imports jax, which takes seconds.
+
+    Raises `EngineError` where it cannot be built.
+    """
+    _prepare_environment(options)
+    import jax
+
+    from engine.build import build_engine
+
+    backend = jax.default_backend()
+    free_bytes = CPU_CACHE_BYTES if backend == "cpu" else _free_bytes(options, jax.local_devices()[0].memory_stats() or {})
+    return build_engine(options.resolve(backend=backend, free_bytes=free_bytes), report=report)
+
+
+def _prepare_environment(options: EngineOptions) -> None:
+    """What jax reads from the environment at import. The operator's own settings win."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's informational lines
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{options.memory_share:.2f}")
+
+
+def _free_bytes(options: EngineOptions, memory_stats: dict[str, int]) -> int:
+    """What the devices of one data shard have left for the cache once weights (as large as their files) and workspace are in place."""
+    num_devices = options.mesh.expert * options.mesh.tensor
+    weight_bytes = sum(path.stat().st_size for path in Path(options.model_dir).rglob("tensor*"))
+    return num_devices * (memory_stats.get("bytes_limit", 0) - WORKSPACE_BYTES) - weight_bytes
+
+
+def _read(channel: BlockingChannel, inbox: "queue.SimpleQueue[FromServer | None]", on_disconnect: Callable[[], None]) -> None:
+    try:
+        for payload in channel.payloads():
+            inbox.put(decode_from_server(payload))
+    except TransportError as error:
+        print(f"engine: {error}", file=sys.stderr)
+    inbox.put(None)
+    on_disconnect()
+
+
+def _arrived(inbox: "queue.SimpleQueue[FromServer | None]", *, wait: bool) -> Iterator[FromServer | None]:
+    """Everything in the inbox now; with `wait`, at least one message."""
+    if wait:
+        yield inbox.get()
+    while not inbox.empty():
+        yield inbox.get()
+
+
+def _settle_memory() -> None:
+    """Take what the start left behind out of the garbage collector's sight: a full pass over it would stall a step for long."""
+    gc.collect()
+    gc.freeze()
+
+
+def main() -> None:
+    """Ends the process itself, past interpreter shutdown, which would wait for threads of the runtime."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    faulthandler.enable()
+    parser = argparse.ArgumentParser(prog="python -m engine", description="The engine process; started by the server.")
+    parser.add_argument("--fd", type=int, required=True, help="descriptor of the connected socket to the server")
+    channel = BlockingChannel(socket.socket(fileno=parser.parse_args().fd))
+    try:
+        status = run_engine(channel, build=build_on_devices, on_disconnect=lambda: os._exit(0))
+    except BaseException:
+        traceback.print_exc()
+        status = CRASHED
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    main()

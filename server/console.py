@@ -1,0 +1,127 @@
+"""What the operator sees while the server starts, runs and stops.
+
+On a terminal: progress bars and a table; elsewhere plain lines, few enough for a log file. All of it goes to stdout; log lines are
+`server/observability.py`'s and go to stderr. Shows names and sizes, no prompts and no paths.
+"""
+
+import json
+import shlex
+import time
+
+import structlog
+from rich.console import Console as Terminal
+from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+
+from engine.types import EngineInfo, Progress
+
+SECONDS_BETWEEN_LINES = 2.0
+
+log = structlog.get_logger(__name__)
+
+
+class Console:
+    """The `Watcher` of the engine's life, for people."""
+
+    def __init__(self, *, url: str, model_name: str, has_tokenizer: bool) -> None:
+        self._terminal = Terminal(highlight=False)
+        self._url = url
+        self._model_name = model_name
+        self._has_tokenizer = has_tokenizer
+        self._bars: Bars | None = None
+        self._bar_of_phase: dict[str, TaskID] = {}
+        self._last_line: tuple[str, float] = ("", 0.0)  # phase and time of the last plain progress line
+        self._was_ready = False
+
+    def starting(self) -> None:
+        self._line(f"Starting {self._model_name} on {self._url}")
+
+    def engine_progressed(self, progress: Progress) -> None:
+        """A bar per phase on a terminal; else a line at the start and end of a phase and every few seconds."""
+        if self._terminal.is_terminal:
+            self._move_bar(progress)
+            return
+        phase, at_s = self._last_line
+        now_s = time.monotonic()
+        if phase == progress.phase and progress.done < progress.total and now_s - at_s < SECONDS_BETWEEN_LINES:
+            return
+        self._last_line = (progress.phase, now_s)
+        self._line(f"{progress.phase}: {_amount(progress)} {progress.detail}".rstrip())
+
+    def engine_ready(self, info: EngineInfo) -> None:
+        """The first time, everything a newcomer needs; later, a log line."""
+        self.close()
+        if self._was_ready:
+            log.info("engine ready again", load_s=round(info.load_s, 2), compile_s=round(info.compile_s, 2))
+            return
+        self._was_ready = True
+        self._terminal.print(_facts(self._model_name, info))
+        self._line(f"Ready on {self._url} after loading for {info.load_s:.1f} s and compiling for {info.compile_s:.1f} s. Try:")
+        self._line(f"\n  {curl(self._url, self._model_name, has_tokenizer=self._has_tokenizer)}\n")
+
+    def engine_died(self, cause: str, *, pause_s: float) -> None:
+        self.close()
+        log.error("the engine died and is started again", cause=cause, pause_s=pause_s)
+
+    def stopping(self, num_open: int, *, timeout_s: float) -> None:
+        self.close()
+        waiting = f"; {num_open} running sequences get up to {timeout_s:g} s, a second signal stops at once" if num_open else ""
+        self._line(f"Stopping{waiting}")
+
+    def close(self) -> None:
+        """Give the terminal back as it was."""
+        if self._bars is not None:
+            self._bars.stop()
+            self._bars = None
+            self._bar_of_phase.clear()
+
+    def _move_bar(self, progress: Progress) -> None:
+        if self._bars is None:
+            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[amount]}"), TimeRemainingColumn())
+            self._bars = Bars(*columns, console=self._terminal)
+            self._bars.start()
+        if progress.phase not in self._bar_of_phase:
+            self._bar_of_phase[progress.phase] = self._bars.add_task(progress.phase, total=progress.total, amount="")
+        self._bars.update(self._bar_of_phase[progress.phase], completed=progress.done, total=progress.total, amount=_amount(progress))
+
+    def _line(self, text: str) -> None:
+        """One line that no terminal width breaks, so that it can be copied."""
+        self._terminal.print(text, markup=False, soft_wrap=True)
+        self._terminal.file.flush()
+
+
+def curl(url: str, model_name: str, *, has_tokenizer: bool) -> str:
+    """A command that can be pasted as it is."""
+    body: dict[str, object] = {"model": model_name}
+    if has_tokenizer:
+        body |= {"prompt": "Once upon a time", "max_tokens": 64}
+    else:
+        body |= {"prompt": [1], "max_tokens": 16, "logprobs": 0, "return_tokens_as_token_ids": True}
+    return f"curl {url}/v1/completions -H 'content-type: application/json' -d {shlex.quote(json.dumps(body))}"
+
+
+def readable_bytes(count: int) -> str:
+    """`12.3 MB`; powers of ten, as disks and releases are described."""
+    size, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if size < 1000:
+            break
+        size, unit = size / 1000, larger
+    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+
+
+def _amount(progress: Progress) -> str:
+    if progress.unit == "bytes":
+        return f"{readable_bytes(progress.done)} of {readable_bytes(progress.total)}"
+    return f"{progress.done:,} of {progress.total:,} {progress.unit}"
+
+
+def _facts(model_name: str, info: EngineInfo) -> Table:
+    table = Table(show_header=False)
+    table.add_row("model", f"{model_name}: {info.num_params:,} parameters, {readable_bytes(info.weight_bytes)} of weights")
+    table.add_row("computes in", f"{info.dtype} on {info.num_devices} x {info.backend}, {info.num_programs} programs")
+    table.add_row("KV cache", f"{info.num_blocks:,} blocks of {info.block_size}: {info.num_blocks * info.block_size:,} tokens")
+    table.add_row("one sequence", f"{info.max_model_len:,} tokens, prompt and output")
+    table.add_row("at once", f"{info.max_num_seqs:,} sequences, {info.max_num_batched_tokens:,} tokens a step")
+    return table

@@ -1,0 +1,192 @@
+"""One life of the server: check, listen, start the engine, serve, drain, stop.
+
+    1. Everything that can be wrong is looked at first: model directory, configuration, tokenizer, port. Each is one line and status 2.
+    2. The socket listens before the engine starts, so that a taken port is known at once and `/livez` answers while the model loads.
+    3. The supervisor starts the engine process; while it imports and loads, this process imports and builds the HTTP application.
+    4. SIGTERM or Ctrl-C: readiness fails and nothing new is taken; what runs may finish until the timeout, the rest is told; the engine
+       ends. A second signal ends everything at once.
+
+Owns the signals and the order of these things, not the things themselves.
+"""
+
+import asyncio
+import importlib
+import os
+import signal
+import socket
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import uvicorn
+import uvloop
+
+from engine.config import EngineOptions
+from engine.errors import ConfigError
+from engine.tokenizer import Tokenizer, find_tokenizer
+from server.console import Console
+from server.settings import Settings, engine_options
+from server.supervisor import ENGINE_COMMAND, Supervisor
+
+if TYPE_CHECKING:  # fastapi takes seconds to import
+    from fastapi import FastAPI
+
+    from server.admission import Admission
+
+FAREWELL_S = 5  # for the last bytes of responses whose generation is over
+POLL_S = 0.05
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """All that is known before anything is started."""
+
+    settings: Settings
+    options: EngineOptions
+    tokenizer: Tokenizer | None
+    listener: socket.socket
+
+    @property
+    def url(self) -> str:
+        """Where a client on this machine finds the server."""
+        address = self.listener.getsockname()
+        host, port = str(address[0]), int(address[1])
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def prepare(settings: Settings) -> Prepared:
+    """Check and open everything that does not need the engine. Raises `EngineError` with one line for the first thing that is wrong."""
+    options = engine_options(settings)
+    tokenizer = None
+    if not settings.skip_tokenizer_init:
+        tokenizer = Tokenizer.load(find_tokenizer(settings.model_dir, settings.tokenizer))
+        if tokenizer.vocab_size > options.model.vocab_size:
+            raise ConfigError(
+                f"the tokenizer has {tokenizer.vocab_size:,} pieces, the model only {options.model.vocab_size:,}; "
+                "choose another with --tokenizer"
+            )
+    return Prepared(settings=settings, options=options, tokenizer=tokenizer, listener=listen(settings.host, settings.port))
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening TCP socket. Raises `ConfigError` where that cannot be had, a port in use among others."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise ConfigError(f"--host: cannot listen on {host}: {error.strerror or error}") from None
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(2048)
+    except OSError as error:
+        listener.close()
+        reason = (error.strerror or str(error)).lower()
+        raise ConfigError(f"cannot listen on {host} port {port}: {reason}; choose another with --port (0 takes any free one)") from None
+    return listener
+
+
+def serve(settings: Settings, *, engine_command: Sequence[str] = ENGINE_COMMAND) -> None:
+    """Run the server until a signal ends it.
+
+    Raises `EngineError` where it cannot start; an `EngineStartError` says with which exit status the process should end.
+    """
+    prepared = prepare(settings)
+    with prepared.listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_Life(prepared, engine_command=engine_command).run())
+
+
+class _Life:
+    """Made and run once, on the main thread's event loop."""
+
+    def __init__(self, prepared: Prepared, *, engine_command: Sequence[str]) -> None:
+        self._prepared = prepared
+        self._engine_command = engine_command
+        self._stop_asked = asyncio.Event()
+        settings = prepared.settings
+        self._console = Console(url=prepared.url, model_name=settings.model_name, has_tokenizer=prepared.tokenizer is not None)
+
+    async def run(self) -> None:
+        self._supervisor = Supervisor(
+            self._prepared.options,
+            watcher=self._console,
+            command=self._engine_command,
+            stall_timeout_s=self._prepared.settings.engine_stall_timeout,
+        )
+        loop = asyncio.get_running_loop()
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(signum, self._signalled, signum)
+        self._console.starting()
+        supervising = asyncio.create_task(self._supervisor.run())
+        try:
+            await self._serve_http(until=supervising)
+        finally:
+            self._supervisor.stop()
+            self._console.close()
+            await supervising
+
+    async def _serve_http(self, *, until: "asyncio.Task[None]") -> None:
+        """Serve until the engine is given up or a signal came; then drain."""
+        app = await self._make_app()
+        http = _Server(
+            uvicorn.Config(
+                app,
+                http="httptools",
+                ws="none",
+                lifespan="on",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=FAREWELL_S,
+            )
+        )
+        serving = asyncio.create_task(http.serve(sockets=[self._prepared.listener]))
+        stop_asked = asyncio.create_task(self._stop_asked.wait())
+        await asyncio.wait({until, serving, stop_asked}, return_when=asyncio.FIRST_COMPLETED)
+        stop_asked.cancel()
+        await self._drain(app.state.services.admission)
+        http.should_exit = True
+        await serving
+
+    async def _make_app(self) -> "FastAPI":
+        """The imports take seconds and run in a thread, so that progress shows and the engine's first messages are read meanwhile."""
+        settings = self._prepared.settings
+        observability = await asyncio.to_thread(importlib.import_module, "server.observability")
+        as_json = settings.log_format == "json" or (settings.log_format == "auto" and not os.isatty(2))
+        observability.configure_logging(as_json=as_json, level=settings.log_level.upper())
+        app_module = await asyncio.to_thread(importlib.import_module, "server.app")
+        return app_module.create_app(
+            settings,
+            client=self._supervisor.client,
+            tokenizer=self._prepared.tokenizer,
+            model=self._prepared.options.model,
+            model_name=settings.model_name,
+        )
+
+    async def _drain(self, admission: "Admission") -> None:
+        """Take nothing new, wait for what runs, and fail what is left at the timeout."""
+        admission.drain()
+        try:
+            async with asyncio.timeout(self._prepared.settings.shutdown_timeout):
+                while admission.num_open:
+                    await asyncio.sleep(POLL_S)
+        except TimeoutError:
+            self._supervisor.client.fail_open("the server is shutting down")
+
+    def _signalled(self, signum: int) -> None:
+        if self._stop_asked.is_set():
+            self._console.close()
+            self._supervisor.kill()
+            os._exit(128 + signum)
+        self._stop_asked.set()
+        self._console.stopping(self._supervisor.client.num_open, timeout_s=self._prepared.settings.shutdown_timeout)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handlers: the order of stopping is `_Life`'s."""
+
+    @contextmanager
+    def capture_signals(self) -> Generator[None]:
+        yield

@@ -1,0 +1,244 @@
+"""The one settings tree: flags over environment over YAML over defaults.
+
+Every field is a flag (`max_num_seqs` is `--max-num-seqs`), an environment variable (`GROK_SERVER_MAX_NUM_SEQS`) and a YAML key; its
+description is the flag's help. `server/cli.py` makes the flags from these fields. Imports neither fastapi nor jax, so that help is quick.
+What is checked here needs no file but the YAML; `engine_options` reads the model's configuration and checks what depends on it.
+"""
+
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+import yaml
+from pydantic import ByteSize, Field, ValidationError
+from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+
+import configs
+from engine.config import EngineOptions, MeshConfig, ModelConfig, SchedulerConfig, read_model_config
+from engine.errors import ConfigError
+from server.limits import Limits
+
+ENV_PREFIX = "GROK_SERVER_"
+DEFAULT_MODEL = "grok-1-tiny"
+MAX_LOGPROBS = 128  # what the compiled programs can be asked for
+
+# Names that SGLang's users know, and vLLM's short form.
+ALIASES = {
+    "model_path": "model",
+    "tokenizer_path": "tokenizer",
+    "context_length": "max_model_len",
+    "mem_fraction_static": "gpu_memory_utilization",
+    "tp_size": "tensor_parallel_size",
+    "tp": "tensor_parallel_size",
+    "max_running_requests": "max_num_seqs",
+    "max_queued_requests": "max_num_queued_reqs",
+    "page_size": "block_size",
+}
+
+_LIMITS = Limits()
+_Count = Annotated[int, Field(ge=1)]
+_Bound = Annotated[int, Field(ge=0)]
+_Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Settings(BaseSettings):
+    """What an operator can choose."""
+
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, env_ignore_empty=True, extra="forbid", frozen=True, protected_namespaces=())
+
+    config: Path | None = Field(None, description="YAML file with any of these settings, by their names")
+
+    # what is served
+    model: Path | None = Field(None, description=f"directory with the weights, config.json and tokenizer.model (default: {DEFAULT_MODEL})")
+    served_model_name: str | None = Field(None, min_length=1, description="the model's id in the API (default: the directory's name)")
+    tokenizer: Path | None = Field(None, description="SentencePiece model (default: tokenizer.model in the model directory)")
+    skip_tokenizer_init: bool = Field(False, description="serve token ids without any tokenizer")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: float32 on a CPU, bfloat16 on a GPU")
+    max_model_len: _Count | None = Field(None, description="prompt plus output of one sequence, in tokens (default: the model's context)")
+    max_logprobs: int = Field(_LIMITS.max_logprobs, ge=0, le=MAX_LOGPROBS, description="most top log-probabilities per token")
+
+    # the engine
+    max_num_seqs: _Count = Field(64, description="sequences running at once")
+    max_num_batched_tokens: _Count = Field(256, description="tokens computed in one step")
+    block_size: _Count = Field(16, description="tokens per block of the KV cache")
+    kv_cache_memory_bytes: ByteSize | None = Field(
+        None, description="size of the KV cache, e.g. 2GiB (default: 512MiB on a CPU, what the weights leave on a GPU)"
+    )
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="share of a GPU's memory to use")
+    tensor_parallel_size: _Count = Field(1, description="devices that share each matrix")
+    compile_cache_dir: Path | None = Field(
+        None, description="keeps compiled programs between starts (default: in the user's cache directory)"
+    )
+    engine_stall_timeout: float = Field(
+        60.0, ge=1, allow_inf_nan=False, description="seconds without progress before the engine is replaced"
+    )
+
+    # the server
+    host: str = Field("127.0.0.1", min_length=1, description="address to listen on")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes any free one")
+    shutdown_timeout: float = Field(
+        30.0, ge=0, allow_inf_nan=False, description="seconds that running requests get to finish after SIGTERM"
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe log lines shown")
+    log_format: Literal["auto", "text", "json"] = Field("auto", description="auto: text on a terminal, else json")
+
+    # limits; server/limits.py says who checks which
+    max_num_queued_reqs: _Bound = Field(_LIMITS.max_queued_sequences, description="sequences waiting beyond those running; more get a 503")
+    max_header_bytes: _Count = Field(_LIMITS.max_header_bytes, description="request line and headers of one request")
+    max_body_bytes: _Count = Field(_LIMITS.max_body_bytes, description="body of one request")
+    body_timeout_s: _Seconds = Field(_LIMITS.body_timeout_s, description="seconds that a body may take to arrive")
+    max_discarded_bytes: _Bound = Field(
+        _LIMITS.max_discarded_bytes, description="of a refused body, read so that the client sees the refusal"
+    )
+    max_prompts: _Count = Field(_LIMITS.max_prompts, description="prompts in one request")
+    max_sequences: _Count = Field(_LIMITS.max_sequences, description="prompts times choices of one request")
+    max_stop_strings: _Bound = Field(_LIMITS.max_stop_strings, description="stop strings of one request")
+    max_stop_chars: _Count = Field(_LIMITS.max_stop_chars, description="characters of one stop string")
+    max_stop_token_ids: _Bound = Field(_LIMITS.max_stop_token_ids, description="stop token ids of one request")
+    max_logit_bias: _Bound = Field(_LIMITS.max_logit_bias, description="entries of one logit_bias")
+    max_timeout_s: _Seconds = Field(_LIMITS.max_timeout_s, description="longest timeout that a request may ask for, in seconds")
+    retry_after_s: _Seconds = Field(_LIMITS.retry_after_s, description="seconds after which a refused client may come back")
+    keep_alive_s: _Seconds = Field(_LIMITS.keep_alive_s, description="seconds of silence on a stream before a keep-alive comment")
+    max_message_chars: _Count = Field(_LIMITS.max_message_chars, description="characters of an error message")
+    max_ignored_fields: _Bound = Field(_LIMITS.max_ignored_fields, description="unknown fields named in the response header")
+
+    @property
+    def limits(self) -> Limits:
+        """The limits' part of the settings."""
+        renamed = {"max_queued_sequences": "max_num_queued_reqs"}
+        return Limits(**{field.name: getattr(self, renamed.get(field.name, field.name)) for field in fields(Limits)})
+
+    @property
+    def model_dir(self) -> Path:
+        """Where the weights are, absolute. Raises `ConfigError` where there is no such directory."""
+        model_dir = Path(os.path.abspath(self.model)) if self.model is not None else default_model_dir()
+        if not model_dir.is_dir():
+            raise ConfigError(f"--model: {model_dir} is not a directory")
+        return model_dir
+
+    @property
+    def model_name(self) -> str:
+        """The model's id in the API."""
+        if self.served_model_name is not None:
+            return self.served_model_name
+        model_dir = self.model_dir
+        return model_dir.parent.name if model_dir.name in ("ckpt", "ckpt-0") else model_dir.name
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags come in as arguments; then the environment; then the YAML file that either of them names."""
+        path = (env_settings() | init_settings()).get("config")
+        file_settings = InitSettingsSource(settings_cls, _read_yaml(Path(path)) if path else {})
+        return init_settings, env_settings, file_settings
+
+
+def load_settings(flags: Mapping[str, Any]) -> Settings:
+    """Settings from `flags` (field or alias name to value, only those given), the environment and the YAML file.
+
+    Raises `ConfigError` with one line for the first thing that is wrong.
+    """
+    try:
+        return Settings(**{field_name(name): value for name, value in flags.items()})
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        name = str(first["loc"][0]) if first["loc"] else "settings"
+        complaint = first["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"{flag_name(name)}: {complaint[:1].lower()}{complaint[1:]}, found {first['input']!r}") from None
+
+
+def field_name(name: str) -> str:
+    """The field that a flag, YAML key or alias means; a name that means none comes back as it is."""
+    name = name.replace("-", "_")
+    return ALIASES.get(name, name)
+
+
+def flag_name(field: str) -> str:
+    """How a field is called on the command line."""
+    return "--" + field.replace("_", "-")
+
+
+def default_model_dir() -> Path:
+    """The model that comes along: beside the code in a checkout, inside `configs` in an installed wheel.
+
+    Raises `ConfigError` where neither is there.
+    """
+    package = Path(configs.__path__[0])
+    for candidate in (package.parent / "models" / DEFAULT_MODEL, package / "models" / DEFAULT_MODEL):
+        if candidate.is_dir():
+            return candidate
+    raise ConfigError(f"the default model {DEFAULT_MODEL} is not installed; name a model directory with --model")
+
+
+def engine_options(settings: Settings, model: ModelConfig | None = None) -> EngineOptions:
+    """What the engine process is told; `model` is read from the model directory where it is not given.
+
+    Raises `ConfigError` for sizes that contradict the model.
+    """
+    model = read_model_config(settings.model_dir) if model is None else model
+    max_model_len = model.sequence_len if settings.max_model_len is None else settings.max_model_len
+    if max_model_len > model.sequence_len:
+        raise ConfigError(f"--max-model-len: the model was made for {model.sequence_len:,} tokens, found {max_model_len:,}")
+    compile_cache_dir = _writable_cache_dir(settings.compile_cache_dir)
+    return EngineOptions(
+        model=model,
+        model_dir=str(settings.model_dir),
+        dtype=settings.dtype,
+        mesh=MeshConfig(tensor=settings.tensor_parallel_size),
+        block_size=settings.block_size,
+        cache_bytes=None if settings.kv_cache_memory_bytes is None else int(settings.kv_cache_memory_bytes),
+        memory_share=settings.gpu_memory_utilization,
+        scheduler=SchedulerConfig(
+            max_num_seqs=settings.max_num_seqs,
+            max_num_batched_tokens=settings.max_num_batched_tokens,
+            max_model_len=max_model_len,
+        ),
+        max_logprobs=settings.max_logprobs,
+        compile_cache_dir=None if compile_cache_dir is None else str(compile_cache_dir),
+    )
+
+
+def _writable_cache_dir(chosen: Path | None) -> Path | None:
+    """The directory, made where it is missing. None where the default one cannot be had: only the next start is slower then."""
+    try:
+        cache_dir = chosen or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "grok-server" / "compiled"
+        cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:
+        if chosen is not None:
+            raise ConfigError(f"--compile-cache-dir: {error}") from None
+        return None
+    return cache_dir if os.access(cache_dir, os.W_OK) else None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    """The settings in a YAML file, by field. Raises `ConfigError` for anything but a mapping of known names."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"--config: cannot read {path}: {' '.join(str(error).split())}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"--config: {path} must hold a mapping of settings, found {type(content).__name__}")
+    known = Settings.model_fields.keys() - {"config"}
+    values: dict[str, Any] = {}
+    for key, value in cast("dict[object, Any]", content).items():
+        name = field_name(str(key))
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise ConfigError(f"--config: {path} has the unknown key {key!r}{hint}")
+        if name in values:
+            raise ConfigError(f"--config: {path} sets {name} twice")
+        if value is not None:
+            values[name] = value
+    return values
