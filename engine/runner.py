@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 from numpy.typing import NDArray
 
-from engine.batch import TILE, Batch, StepInput, StepKind, StepLayout
+from engine.batch import TILE, Batch, StepKind, StepLayout
 from engine.config import EngineConfig
 from engine.model.params import Params
 from engine.model.transformer import KVCache, LayerCache, forward, logits_of
@@ -55,11 +55,15 @@ class DeviceState:
 
 
 def step_layouts(config: EngineConfig) -> tuple[StepLayout, ...]:
-    """The buckets, smallest first. Where steps loop over tiles their real size decides the cost, and one small and one full bucket do."""
-    full_tokens = -(-config.scheduler.max_num_batched_tokens // TILE) * TILE
-    sizes = [TILE, full_tokens]
+    """The buckets, smallest first. Where steps loop over tiles their real size decides the cost, and one small and one full bucket do.
+
+    No bucket is a single tile: a loop over all there is would be simplified away, and its body compiled to other roundings.
+    """
+    smallest = 2 * TILE
+    full_tokens = max(smallest, -(-config.scheduler.max_num_batched_tokens // TILE) * TILE)
+    sizes = [smallest, full_tokens]
     if not loops_over_tiles():
-        sizes = [TILE << n for n in range(full_tokens.bit_length()) if TILE << n < full_tokens] + [full_tokens]
+        sizes = [smallest << n for n in range(full_tokens.bit_length()) if smallest << n < full_tokens] + [full_tokens]
     return tuple(
         StepLayout(num_tokens=size, num_seqs=min(size, config.scheduler.max_num_seqs), blocks_per_seq=config.max_blocks_per_seq)
         for size in sorted(set(sizes))
@@ -146,7 +150,7 @@ class ModelRunner:
         jitted = jax.jit(write_slot, donate_argnums=0, out_shardings=replicated(self.mesh))
         self._write_slot = jitted.lower(self._state.slots, *arguments).compile()
 
-    def _count_late_compilation(self, event: str, duration_s: float, **_: object) -> None:
+    def _count_late_compilation(self, event: str, _duration_s: float, **_: object) -> None:
         if event.endswith("backend_compile_duration"):
             self.num_late_compilations += 1
 

@@ -36,7 +36,7 @@ def paged_attention(
 
     Scores are `cap * tanh(q·k * multiplier / cap)`; softmax and sums in float32; result in q's dtype, heads concatenated.
     """
-    num_tokens, num_heads, head_width = q.shape
+    _, num_heads, head_width = q.shape
     num_kv_heads, block_size = keys.shape[2], keys.shape[1]
     group = num_heads // num_kv_heads
     blocks_per_tile = max(1, KEY_TILE // block_size)

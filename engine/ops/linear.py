@@ -15,8 +15,10 @@ def linear(x: Float[Array, "rows k"], w: Float[Array, "k n"] | QuantizedArray) -
 
 
 def _quantized_linear(x: Float[Array, "rows k"], w: QuantizedArray) -> Float32[Array, "rows n"]:
-    groups, n = w.scales.shape
-    grouped_x = x.reshape(x.shape[0], groups, -1)
-    grouped_w = w.weight.reshape(groups, -1, n).astype(x.dtype)
-    partial = jnp.einsum("tgk,gkn->tgn", grouped_x, grouped_w, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
-    return jnp.sum(partial * w.scales.astype(jnp.float32)[None], axis=1)
+    groups, _ = w.scales.shape
+    parts = jnp.split(x, groups, axis=1)
+    weights = jnp.split(w.weight, groups, axis=0)
+    total = jnp.zeros((x.shape[0], w.scales.shape[1]), jnp.float32)
+    for part, weight, scale in zip(parts, weights, w.scales.astype(jnp.float32), strict=True):
+        total = total + linear(part, weight.astype(x.dtype)) * scale[None]
+    return total

@@ -1,0 +1,84 @@
+"""Runs the model over chosen chunks of several sequences, through the real batch, cache and forward pass, and returns every position's logits."""
+
+from collections.abc import Sequence as Seq
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.batch import Batcher
+from engine.block_pool import BlockPool
+from engine.config import CacheConfig, EngineConfig, MeshConfig, ModelConfig, SchedulerConfig
+from engine.model.params import Params
+from engine.model.transformer import forward, logits_of
+from engine.ops.tiles import map_rows
+from engine.runner import StepLayout, empty_cache, step_layouts
+from engine.scheduler import Schedule, ScheduledTokens
+from engine.sequence import Sequence
+from engine.sharding import make_mesh
+from engine.types import GenerationRequest, SamplingParams
+
+
+def engine_config(
+    model: ModelConfig, *, dtype: str = "float32", num_blocks: int = 64, block_size: int = 16, tensor: int = 1, **scheduler: int
+):
+    """A configuration for tests; every limit can be given."""
+    limits = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "max_model_len": model.sequence_len, **scheduler}
+    return EngineConfig(
+        model=model,
+        model_dir="",
+        dtype=dtype,
+        mesh=MeshConfig(tensor=tensor),
+        cache=CacheConfig(num_blocks=num_blocks, block_size=block_size),
+        scheduler=SchedulerConfig(**limits),
+    )
+
+
+class ForwardHarness:
+    """`run` takes (prompt, chunk lengths) pairs; chunk i of every prompt is computed in step i, all in one batch."""
+
+    def __init__(self, config: EngineConfig, params: Params):
+        self.config = config
+        self.params = params
+        self.mesh = make_mesh(config.mesh, config.model)
+        self.batcher = Batcher(
+            step_layouts(config),
+            block_size=config.cache.block_size,
+            num_blocks=config.cache.num_blocks,
+            vocab_size=config.model.vocab_size,
+            num_slots=config.scheduler.max_num_seqs,
+        )
+        self._steps = {layout: jax.jit(self._step_of(layout)) for layout in self.batcher.layouts}
+
+    def run(self, work: Seq[tuple[Seq[int], Seq[int]]]) -> list[NDArray[np.float32]]:
+        """Logits [prompt length, V] for every prompt."""
+        pool = BlockPool(self.config.cache.num_blocks)
+        cache = empty_cache(self.config, self.mesh)
+        sequences = [self._sequence(prompt, index, pool) for index, (prompt, _) in enumerate(work)]
+        rows: list[list[NDArray[np.float32]]] = [[] for _ in work]
+        for step in range(max(len(chunks) for _, chunks in work)):
+            items = tuple(
+                ScheduledTokens(sequence=sequence, num_tokens=chunks[step])
+                for sequence, (_, chunks) in zip(sequences, work, strict=True)
+                if step < len(chunks)
+            )
+            batch = self.batcher.build(Schedule(items=items, admitted=()))
+            logits, cache = self._steps[batch.layout](self.params, cache, batch.packed)
+            for item, start in zip(batch.items, batch.token_starts, strict=True):
+                item.sequence.num_computed_tokens += item.num_tokens
+                rows[item.sequence.arrival].append(np.asarray(logits[start : start + item.num_tokens]))
+        return [np.concatenate(parts) for parts in rows]
+
+    def _sequence(self, prompt: Seq[int], index: int, pool: BlockPool) -> Sequence:
+        request = GenerationRequest(request_id=str(index), prompt_token_ids=tuple(prompt), sampling=SamplingParams())
+        blocks = pool.take(-(-len(prompt) // self.config.cache.block_size))
+        return Sequence(request=request, arrival=index, token_ids=list(prompt), block_ids=blocks, slot=index)
+
+    def _step_of(self, layout: StepLayout):
+        def step(params, cache, packed):
+            fields = layout.unpack(packed, lambda bits: jax.lax.bitcast_convert_type(bits, jnp.float32))
+            hidden, cache = forward(params, cache, fields, self.config.model)
+            return map_rows(lambda x: logits_of(params, x, self.config.model), fields.counts[0], hidden), cache
+
+        return step
