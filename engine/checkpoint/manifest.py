@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from engine.checkpoint.checkpoint import CHECKPOINT_DIR_NAMES
 from engine.checkpoint.files import read_small_file
 from engine.errors import CheckpointError
 
@@ -26,11 +27,12 @@ class ManifestEntry:
 
 
 def read_manifest(checkpoint_dir: Path) -> tuple[ManifestEntry, ...]:
-    """The entries with a digest or a size, empty where there is no manifest in the tensor folder or right above it.
+    """The entries with a digest or a size, empty where there is no manifest in the tensor folder or in the model directory above.
 
     Raises `CheckpointError` for one that cannot be understood, or that names a path outside its folder.
     """
-    for folder in (checkpoint_dir, checkpoint_dir.absolute().parent):
+    has_own_folder = checkpoint_dir.absolute().name in CHECKPOINT_DIR_NAMES
+    for folder in (checkpoint_dir, checkpoint_dir.absolute().parent) if has_own_folder else (checkpoint_dir,):
         path = folder / "manifest.json"
         if path.exists() or path.is_symlink():
             try:

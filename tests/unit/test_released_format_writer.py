@@ -85,7 +85,7 @@ def dumps_as_numpy_1(value: object, monkeypatch: pytest.MonkeyPatch) -> bytes:
 def test_opcodes_and_frames_are_those_of_pythons_pickler(columns: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kind = type("QuantizedWeight8bit", (), {"__module__": "__main__"})
     monkeypatch.setattr(sys.modules["__main__"], "QuantizedWeight8bit", kind, raising=False)
-    quantized = kind()
+    quantized: Any = kind()
     quantized.weight = np.full((2, columns), 7, np.int8)
     quantized.scales = np.full((1, columns), 0.5, BF16)
     plain = np.full((1, columns, 1), 0.25, np.float32)
