@@ -216,7 +216,10 @@ class _Walker:
             if not isinstance(array, _Array) or array.stored is None:
                 raise self._error(f"expected an array as {name}, found {_describe(array)}")
             parts.append(array.stored)
-        return parts[0], parts[1]
+        weight, scales = parts
+        if weight.offset == scales.offset:
+            raise self._error("weight and scales share their bytes")
+        return weight, scales
 
     # Reading
 

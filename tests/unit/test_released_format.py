@@ -295,6 +295,15 @@ def test_a_quantised_weight_needs_both_parts(path: Path) -> None:
     refuse(path, content.replace(b"scales", b"scaled"), "weight and scales")
 
 
+def test_a_weight_that_serves_as_its_own_scales_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = type("QuantizedWeight8bit", (), {"__module__": "__main__"})
+    monkeypatch.setattr(sys.modules["__main__"], "QuantizedWeight8bit", kind, raising=False)
+    twice: Any = kind()
+    twice.weight = twice.scales = np.ones((2, 2), np.int8)
+
+    refuse(path, pickle.dumps(twice, protocol=4), "share their bytes")
+
+
 def test_a_file_that_changed_size_since_its_index_was_read_is_refused(path: Path) -> None:
     write_tensor(path, np.ones(8, np.float32))
     stored = read_index(path)
