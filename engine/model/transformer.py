@@ -59,7 +59,7 @@ def decoder_layer(
         )
         return rotate(q, positions, config.rope_base), rotate(k, positions, config.rope_base), v
 
-    def close_attention(x: Float[Array, "rows d"], heads: Float[Array, "rows h*c"]) -> tuple[Array, Array, Array, Array]:
+    def close_attention(x: Float[Array, "rows d"], heads: Float[Array, "rows q"]) -> tuple[Array, Array, Array, Array]:
         branch = linear(heads, params.attention_out).astype(x.dtype)
         x = x + rms_norm(branch, params.post_attention_norm, config.rms_norm_eps)
         a = rms_norm(x, params.pre_moe_norm, config.rms_norm_eps)

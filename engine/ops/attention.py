@@ -45,7 +45,7 @@ def paged_attention(
     tables = jnp.pad(step.block_tables, ((0, 0), (0, -width % blocks_per_tile)))
     padded_q = jnp.pad(q, ((0, TILE), (0, 0), (0, 0)))
 
-    def attend(row: Int32[Array, ""], start: Int32[Array, ""], end: Int32[Array, ""]) -> Float[Array, "tile h*c"]:
+    def attend(row: Int32[Array, ""], start: Int32[Array, ""], end: Int32[Array, ""]) -> Float[Array, "tile q"]:
         """One query tile; `end` is the position after its last token."""
         tile_q = jax.lax.dynamic_slice_in_dim(padded_q, start, TILE)
         first_position = step.positions[start]

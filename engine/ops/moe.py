@@ -25,7 +25,8 @@ class Experts(NamedTuple):
 
 def route(probs: Float32[Array, "rows e"], num_selected: int) -> tuple[Float32[Array, "rows k"], Int32[Array, "rows k"]]:
     """The largest probabilities, not renormalised, and their experts; the lower index wins a tie."""
-    return jax.lax.top_k(probs, num_selected)
+    weights, chosen = jax.lax.top_k(probs, num_selected)
+    return weights, chosen
 
 
 def mixture(
