@@ -10,16 +10,18 @@ import time
 from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import dataclass, field, replace
 
+from engine.config import ModelConfig
 from engine.errors import EngineDiedError, RequestError
 from engine.types import EngineInfo, EngineStats, FinishReason, GenerationRequest, Progress, TokenDelta, TokenLogprob
 
 HANG = float("inf")
+VOCAB_SIZE = 420  # that of tests/support/tiny_tokenizer.py
 
 Script = Iterable[TokenDelta | float | Exception]
 ScriptFor = Callable[[GenerationRequest], Script]
 
 
-def engine_info(*, vocab_size: int = 512, max_model_len: int = 256, max_num_seqs: int = 64) -> EngineInfo:
+def engine_info(*, vocab_size: int = VOCAB_SIZE, max_model_len: int = 256, max_num_seqs: int = 64) -> EngineInfo:
     """What a small engine on a CPU would tell about itself."""
     return EngineInfo(
         vocab_size=vocab_size,
@@ -40,6 +42,25 @@ def engine_info(*, vocab_size: int = 512, max_model_len: int = 256, max_num_seqs
     )
 
 
+def tiny_config() -> ModelConfig:
+    """A configuration that fits `engine_info()`; nothing computes with it."""
+    return ModelConfig(
+        vocab_size=VOCAB_SIZE,
+        sequence_len=256,
+        emb_size=8,
+        key_size=2,
+        num_q_heads=2,
+        num_kv_heads=1,
+        num_layers=1,
+        num_experts=2,
+        num_selected_experts=1,
+        ffn_size=8,
+        embedding_multiplier_scale=1.0,
+        output_multiplier_scale=1.0,
+        attn_output_multiplier=1.0,
+    )
+
+
 def fake_logprob(token_id: int, *, top: int, vocab_size: int) -> TokenLogprob:
     """A log-probability that depends on the token alone; the token itself is the likeliest, its successors follow."""
     best = -0.125 - (token_id % 7) / 8
@@ -50,7 +71,7 @@ def fake_logprob(token_id: int, *, top: int, vocab_size: int) -> TokenLogprob:
     )
 
 
-def counting_script(request: GenerationRequest, *, vocab_size: int = 512) -> list[TokenDelta]:
+def counting_script(request: GenerationRequest, *, vocab_size: int = VOCAB_SIZE) -> list[TokenDelta]:
     """One token per delta up to `max_tokens`, with the log-probabilities the request asks for, then `LENGTH`."""
     sampling = request.sampling
     prompt_logprobs = (
@@ -63,7 +84,7 @@ def counting_script(request: GenerationRequest, *, vocab_size: int = 512) -> lis
     start = sum(request.prompt_token_ids) + sampling.seed + 31 * request.choice
     deltas = []
     for position in range(sampling.max_tokens):
-        token = 300 + (start + 7 * position) % (vocab_size - 300)
+        token = 330 + (start + 7 * position) % (vocab_size - 330)
         logprobs = () if sampling.logprobs is None else (fake_logprob(token, top=sampling.logprobs, vocab_size=vocab_size),)
         deltas.append(TokenDelta(request_id=request.request_id, token_ids=(token,), logprobs=logprobs))
     deltas[0] = replace(deltas[0], prompt_logprobs=prompt_logprobs)
@@ -78,7 +99,9 @@ def tokens_script(*tokens: int, finish: FinishReason = FinishReason.STOP, pause_
         steps: list[TokenDelta | float | Exception] = []
         for position, token in enumerate(tokens):
             last = position == len(tokens) - 1
-            logprobs = () if request.sampling.logprobs is None else (fake_logprob(token, top=request.sampling.logprobs, vocab_size=512),)
+            logprobs = (
+                () if request.sampling.logprobs is None else (fake_logprob(token, top=request.sampling.logprobs, vocab_size=VOCAB_SIZE),)
+            )
             delta = TokenDelta(request_id=request.request_id, token_ids=(token,), logprobs=logprobs, finish_reason=finish if last else None)
             steps += [pause_s, delta] if pause_s else [delta]
         return steps
@@ -91,7 +114,7 @@ class FakeEngineClient:
     """Follows `script` for every request; `pause_s` passes before each delta.
 
     `refusal` makes the engine refuse every request with that message. `die()` ends it: open generations raise `EngineDiedError`, and it is
-    neither alive nor ready until `revive()`.
+    neither alive nor ready until `revive()`. Both may be called from any thread.
     """
 
     script: ScriptFor = counting_script
@@ -104,7 +127,7 @@ class FakeEngineClient:
     submitted: list[GenerationRequest] = field(default_factory=list)
     finished: list[str] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
-    _open: dict[str, asyncio.Event] = field(default_factory=dict)
+    _open: dict[str, tuple[asyncio.AbstractEventLoop, asyncio.Event]] = field(default_factory=dict)
 
     @property
     def stats(self) -> EngineStats:
@@ -118,8 +141,8 @@ class FakeEngineClient:
     def die(self) -> None:
         """End the engine process, as a crash would."""
         self.is_alive = self.is_ready = False
-        for died in self._open.values():
-            died.set()
+        for loop, died in self._open.values():
+            loop.call_soon_threadsafe(died.set)
 
     def revive(self) -> None:
         """Be ready again, with nothing left of what ran before."""
@@ -132,7 +155,8 @@ class FakeEngineClient:
             raise EngineDiedError("the engine process ended")
         if self.refusal is not None:
             raise RequestError(self.refusal)
-        died = self._open[request.request_id] = asyncio.Event()
+        died = asyncio.Event()
+        self._open[request.request_id] = asyncio.get_running_loop(), died
         try:
             for step in self.script(request):
                 if isinstance(step, Exception):

@@ -1,0 +1,106 @@
+"""When the server says not now: full, loading, restarting, shutting down. A place is given back by whatever door it is left."""
+
+import asyncio
+from dataclasses import replace
+
+import httpx
+import pytest
+from fake_engine import HANG, FakeEngineClient, engine_info
+from fastapi import FastAPI
+
+from server.admission import Admission
+from server.errors import InvalidRequest, Unavailable
+from server.limits import Limits
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def engine() -> FakeEngineClient:
+    return FakeEngineClient(info=engine_info(max_num_seqs=2))
+
+
+@pytest.fixture
+def limits() -> Limits:
+    return replace(Limits(), max_queued_sequences=3, retry_after_s=1.5)
+
+
+def test_sequences_are_let_in_up_to_the_capacity_and_not_past_it(engine: FakeEngineClient, limits: Limits):
+    admission = Admission(engine, limits=limits)
+
+    with admission.permit(3), admission.permit(2):
+        with pytest.raises(Unavailable, match="5 of 5") as refusal, admission.permit(1):
+            pass
+        assert refusal.value.code == "server_overloaded"
+        assert admission.num_open == 5
+
+    assert admission.num_open == 0
+
+
+def test_a_request_that_could_never_fit_is_the_clients_mistake(engine: FakeEngineClient, limits: Limits):
+    admission = Admission(engine, limits=limits)
+
+    with pytest.raises(InvalidRequest, match="holds 5"), admission.permit(6):
+        pass
+
+
+def test_a_place_is_given_back_after_a_failure(engine: FakeEngineClient, limits: Limits):
+    admission = Admission(engine, limits=limits)
+
+    with pytest.raises(RuntimeError), admission.permit(5):
+        raise RuntimeError
+
+    assert admission.num_open == 0
+
+
+async def test_a_full_server_says_when_to_come_back_and_takes_the_next_when_there_is_room(
+    http: httpx.AsyncClient, engine: FakeEngineClient, app: FastAPI
+):
+    engine.script = lambda _: [HANG]
+    async with asyncio.TaskGroup() as tasks:
+        running = tasks.create_task(http.post("/v1/completions", json={"prompt": [7], "n": 5, "timeout": 0.3}))
+        while engine.num_open < 5:
+            await asyncio.sleep(0.001)
+        refused = await http.post("/v1/completions", json={"prompt": [7]})
+
+    assert refused.status_code == 503
+    assert refused.json()["error"]["code"] == "server_overloaded"
+    assert refused.headers["retry-after"] == "2"
+    assert refused.headers["retry-after-ms"] == "1500"
+    assert "x-should-retry" not in refused.headers
+    assert running.result().status_code == 504
+    assert app.state.services.admission.num_open == 0
+
+
+async def test_a_loading_engine_and_a_restarting_one_are_told_apart(http: httpx.AsyncClient, engine: FakeEngineClient):
+    engine.die()
+    restarting = await http.post("/v1/completions", json={})
+    engine.info = None
+    loading = await http.post("/v1/completions", json={})
+
+    assert (restarting.status_code, restarting.json()["error"]["code"]) == (503, "engine_restarting")
+    assert (loading.status_code, loading.json()["error"]["code"]) == (503, "model_loading")
+    assert loading.headers["retry-after"]
+
+
+async def test_a_draining_server_is_unready_and_finishes_what_runs(http: httpx.AsyncClient, engine: FakeEngineClient, app: FastAPI):
+    engine.pause_s = 0.02
+    async with asyncio.TaskGroup() as tasks:
+        running = tasks.create_task(http.post("/v1/completions", json={"prompt": [7], "max_tokens": 5}))
+        while not engine.num_open:
+            await asyncio.sleep(0.001)
+        app.state.services.admission.drain()
+        refused = await http.post("/v1/completions", json={})
+        unready = await http.get("/readyz")
+
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
+    assert refused.headers["retry-after"]
+    assert (unready.status_code, unready.json()["status"]) == (503, "shutting_down")
+    assert running.result().status_code == 200
+
+
+async def test_a_refused_request_holds_no_place(http: httpx.AsyncClient, app: FastAPI):
+    await http.post("/v1/completions", json={"prompt": [7] * 1000})
+    await http.post("/v1/completions", json={"prompt": [100000]})
+
+    assert app.state.services.admission.num_open == 0

@@ -1,0 +1,294 @@
+"""A zoo of bad input: whatever is sent, the answer is a 200 or a 4xx in the envelope, the field is named, and the next request works."""
+
+import json
+import string
+from dataclasses import replace
+from typing import Any
+
+import anyio
+import httpx
+import pytest
+from fake_engine import VOCAB_SIZE, FakeEngineClient, engine_info, tiny_config
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tiny_tokenizer import tiny_tokenizer
+
+from server.app import create_app
+from server.limits import Limits
+from server.schemas.completions import CompletionRequest
+
+JSON = {"content-type": "application/json"}
+INT64 = 2**63
+
+# (body, the field that is named)
+REFUSED: list[tuple[dict[str, Any], str | None]] = [
+    ({"prompt": []}, "prompt"),
+    ({"prompt": [[]]}, "prompt"),
+    ({"prompt": [[1], []]}, "prompt"),
+    ({"prompt": 5}, "prompt"),
+    ({"prompt": True}, "prompt"),
+    ({"prompt": {"text": "a"}}, "prompt"),
+    ({"prompt": ["a", 1]}, "prompt"),
+    ({"prompt": [1, "a"]}, "prompt"),
+    ({"prompt": [1, True]}, "prompt"),
+    ({"prompt": [1.0]}, "prompt"),
+    ({"prompt": [None]}, "prompt"),
+    ({"prompt": [[1], "a"]}, "prompt"),
+    ({"prompt": [[1, "2"]]}, "prompt"),
+    ({"prompt": [[[1]]]}, "prompt"),
+    ({"prompt": [VOCAB_SIZE]}, "prompt"),
+    ({"prompt": [-1]}, "prompt"),
+    ({"prompt": [10**30]}, "prompt"),
+    ({"prompt": ["a"] * 129}, "prompt"),
+    ({"prompt": [1] * 257}, "prompt"),
+    ({"prompt": [1] * 256}, "max_tokens"),
+    ({"prompt": [1] * 250, "max_tokens": 7}, "max_tokens"),
+    ({"max_tokens": -1}, "max_tokens"),
+    ({"max_tokens": 256}, "max_tokens"),
+    ({"max_tokens": 10**30}, "max_tokens"),
+    ({"max_tokens": "16"}, "max_tokens"),
+    ({"max_tokens": 16.5}, "max_tokens"),
+    ({"max_tokens": True}, "max_tokens"),
+    ({"suffix": "end"}, "suffix"),
+    ({"suffix": 1}, "suffix"),
+    ({"model": "gpt-4"}, "model"),
+    ({"model": 4}, "model"),
+    ({"temperature": -0.1}, "temperature"),
+    ({"temperature": 2.1}, "temperature"),
+    ({"temperature": "1"}, "temperature"),
+    ({"temperature": False}, "temperature"),
+    ({"temperature": float("nan")}, "temperature"),
+    ({"temperature": float("inf")}, "temperature"),
+    ({"temperature": 10**400}, "temperature"),
+    ({"top_p": -0.1}, "top_p"),
+    ({"top_p": 1.1}, "top_p"),
+    ({"n": 0}, "n"),
+    ({"n": 129}, "n"),
+    ({"n": 1.0}, "n"),
+    ({"prompt": ["a"] * 5, "n": 100}, "n"),
+    ({"best_of": 21}, "best_of"),
+    ({"best_of": -1}, "best_of"),
+    ({"best_of": 2, "n": 3}, "best_of"),
+    ({"best_of": 2, "stream": True}, "best_of"),
+    ({"prompt": ["a"] * 20, "best_of": 20}, "best_of"),
+    ({"stream": 1}, "stream"),
+    ({"stream": "true"}, "stream"),
+    ({"stream_options": {}}, "stream_options"),
+    ({"stream_options": {"include_usage": True}, "stream": False}, "stream_options"),
+    ({"stream_options": {"include_usage": "yes"}, "stream": True}, "stream_options"),
+    ({"stream_options": [], "stream": True}, "stream_options"),
+    ({"logprobs": 21}, "logprobs"),
+    ({"logprobs": -1}, "logprobs"),
+    ({"logprobs": True}, "logprobs"),
+    ({"echo": 1}, "echo"),
+    ({"stop": ""}, "stop"),
+    ({"stop": ["a", ""]}, "stop"),
+    ({"stop": 5}, "stop"),
+    ({"stop": [5]}, "stop"),
+    ({"stop": ["x"] * 17}, "stop"),
+    ({"stop": "x" * 257}, "stop"),
+    ({"seed": INT64}, "seed"),
+    ({"seed": -INT64 - 1}, "seed"),
+    ({"seed": 1.5}, "seed"),
+    ({"logit_bias": []}, "logit_bias"),
+    ({"logit_bias": {"x": 1}}, "logit_bias"),
+    ({"logit_bias": {"-1": 1}}, "logit_bias"),
+    ({"logit_bias": {"²": 1}}, "logit_bias"),
+    ({"logit_bias": {str(VOCAB_SIZE): 1}}, "logit_bias"),
+    ({"logit_bias": {"1" * 5000: 1}}, "logit_bias"),
+    ({"logit_bias": {"5": 100.5}}, "logit_bias"),
+    ({"logit_bias": {"5": "1"}}, "logit_bias"),
+    ({"logit_bias": {"5": True}}, "logit_bias"),
+    ({"logit_bias": {"5": float("nan")}}, "logit_bias"),
+    ({"logit_bias": {"5": None}}, "logit_bias"),
+    ({"logit_bias": {str(key): 1 for key in range(1025)}}, "logit_bias"),
+    ({"presence_penalty": -2.1}, "presence_penalty"),
+    ({"frequency_penalty": 2.1}, "frequency_penalty"),
+    ({"user": 5}, "user"),
+    ({"top_k": -2}, "top_k"),
+    ({"top_k": 10**30}, "top_k"),
+    ({"min_p": 1.1}, "min_p"),
+    ({"repetition_penalty": 0}, "repetition_penalty"),
+    ({"repetition_penalty": 10.1}, "repetition_penalty"),
+    ({"min_tokens": -1}, "min_tokens"),
+    ({"min_tokens": 17, "max_tokens": 16}, "min_tokens"),
+    ({"ignore_eos": "no"}, "ignore_eos"),
+    ({"stop_token_ids": 5}, "stop_token_ids"),
+    ({"stop_token_ids": ["5"]}, "stop_token_ids"),
+    ({"stop_token_ids": [VOCAB_SIZE]}, "stop_token_ids"),
+    ({"stop_token_ids": [-1]}, "stop_token_ids"),
+    ({"stop_token_ids": [1] * 129}, "stop_token_ids"),
+    ({"skip_special_tokens": False}, "skip_special_tokens"),
+    ({"timeout": 0}, "timeout"),
+    ({"timeout": -1}, "timeout"),
+    ({"timeout": 3601}, "timeout"),
+    ({"timeout": "5"}, "timeout"),
+]
+
+ACCEPTED: list[dict[str, Any]] = [
+    {"temperature": 0},
+    {"temperature": 2},
+    {"top_p": 0},
+    {"n": 128, "max_tokens": 1},
+    {"best_of": 20, "max_tokens": 1},
+    {"best_of": 0},
+    {"best_of": 2, "n": 2, "stream": True},
+    {"temperature": 0, "n": 2},
+    {"logprobs": 20},
+    {"stop": ["x"] * 16},
+    {"stop": "x" * 256},
+    {"stop": []},
+    {"seed": INT64 - 1},
+    {"seed": -INT64},
+    {"logit_bias": {"0": 100, str(VOCAB_SIZE - 1): -100}},
+    {"prompt": ["a"] * 128, "max_tokens": 1},
+    {"prompt": [1] * 255, "max_tokens": 1},
+    {"prompt": [1] * 256, "max_tokens": 0},
+    {"prompt": "\x00\r\n\u2028\U0001f600"},
+    {"top_k": INT64 - 1},
+    {"stop_token_ids": []},
+    {"repetition_penalty": 10},
+    {"timeout": 3600},
+    {"suffix": ""},
+    {"stream": True, "stream_options": {"unknown": 1}},
+]
+
+MALFORMED: list[bytes] = [
+    b"",
+    b"{",
+    b"null",
+    b"[]",
+    b'"text"',
+    b"5",
+    b"\xff\xfe",
+    b'{"prompt": "\xff"}',
+    b'{"prompt": "\\ud800"}',
+    b'{"prompt": "a",}',
+    b"{'prompt': 'a'}",
+    b'{"seed": ' + b"9" * 100_000 + b"}",
+    b"[" * 100_000,
+    b'{"prompt": ' + b"[" * 300 + b"]" * 300 + b"}",
+    b'{"prompt": "a"} {"prompt": "b"}',
+    '{"prompt": "a"}'.encode("utf-16"),
+]
+
+
+class Server:
+    """The application in process, asked from synchronous tests."""
+
+    def __init__(self) -> None:
+        self.engine = FakeEngineClient(info=engine_info(max_num_seqs=300))
+        limits = replace(Limits(), keep_alive_s=5.0)
+        self.app = create_app(client=self.engine, tokenizer=tiny_tokenizer(), model=tiny_config(), model_name="tiny", limits=limits)
+
+    def post(self, content: bytes) -> httpx.Response:
+        async def ask() -> httpx.Response:
+            transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
+            async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+                return await http.post("/v1/completions", content=content, headers=JSON)
+
+        return anyio.run(ask)
+
+
+@pytest.fixture(scope="module")
+def server() -> Server:
+    return Server()
+
+
+def assert_sane(response: httpx.Response, server: Server) -> None:
+    """A 200 or a refusal in OpenAI's envelope, of bounded size, with nothing left running."""
+    assert response.status_code == 200 or 400 <= response.status_code < 500, response.text
+    if response.status_code != 200:
+        error = response.json()["error"]
+        assert set(error) == {"message", "type", "param", "code"}
+        assert error["type"] == "invalid_request_error"
+        assert error["param"] is None or isinstance(error["param"], str)
+        assert response.headers["x-should-retry"] == "false"
+        assert len(response.content) < 1500
+    assert server.engine.num_open == 0
+    assert server.app.state.services.admission.num_open == 0
+
+
+@pytest.mark.parametrize(("body", "param"), REFUSED, ids=lambda value: str(value)[:40])
+def test_a_field_out_of_range_is_refused_by_name(server: Server, body: dict[str, Any], param: str):
+    response = server.post(json.dumps(body).encode())
+
+    assert_sane(response, server)
+    assert response.status_code == (404 if body.get("model") == "gpt-4" else 400)
+    assert response.json()["error"]["param"] == param
+
+
+@pytest.mark.parametrize("body", ACCEPTED, ids=lambda value: str(value)[:40])
+def test_a_field_at_the_edge_of_its_range_is_taken(server: Server, body: dict[str, Any]):
+    response = server.post(json.dumps({"prompt": "Hello"} | body).encode())
+
+    assert_sane(response, server)
+    assert response.status_code == 200, response.text
+
+
+@pytest.mark.parametrize("content", MALFORMED, ids=lambda value: repr(value)[:40])
+def test_a_body_that_is_no_json_object_is_refused(server: Server, content: bytes):
+    response = server.post(content)
+
+    assert_sane(response, server)
+    assert response.status_code == 400
+
+
+@pytest.mark.parametrize("body", [{"prompt": [1] * 250, "max_tokens": 7}, {"prompt": [1] * 257}, {"prompt": "word " * 400}])
+def test_what_cannot_fit_the_context_is_refused_with_the_counts(server: Server, body: dict[str, Any]):
+    error = server.post(json.dumps(body).encode()).json()["error"]
+
+    assert error["code"] == "context_length_exceeded"
+    assert "256" in error["message"]
+
+
+def test_a_hostile_list_makes_a_short_message(server: Server):
+    for name in ("prompt", "stop", "stop_token_ids", "logit_bias", "stream_options", "user", "n"):
+        response = server.post(json.dumps({name: [{"a": [1.5]}] * 20_000}).encode())
+
+        assert_sane(response, server)
+        assert response.json()["error"]["param"] == name
+
+
+def test_a_secret_prompt_is_not_in_the_error(server: Server):
+    for body in ({"prompt": "my secret " * 300}, {"prompt": ["my secret", 5]}, {"prompt": {"my secret": 1}}):
+        assert "secret" not in server.post(json.dumps(body).encode()).text
+
+
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.integers(-3, 30)
+    | st.floats()
+    | st.text(max_size=20)
+    | st.text(string.digits, max_size=5)
+)
+VALUES = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=4), max_leaves=8
+)
+FIELDS = st.sampled_from(sorted(CompletionRequest.model_fields)) | st.text(max_size=8)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(body=st.dictionaries(FIELDS, VALUES, max_size=6))
+def test_no_body_is_an_error_of_the_server(server: Server, body: dict[str, Any]):
+    server.engine.submitted.clear()
+
+    assert_sane(server.post(json.dumps(body).encode()), server)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(content=st.binary(max_size=60))
+def test_no_bytes_are_an_error_of_the_server(server: Server, content: bytes):
+    assert_sane(server.post(content), server)
+
+
+def test_bad_input_leaves_the_next_answer_as_it_was(server: Server):
+    canary = json.dumps({"prompt": "Hello", "max_tokens": 8, "seed": 1}).encode()
+    before = server.post(canary).json()["choices"]
+
+    for body, _ in REFUSED[::7]:
+        server.post(json.dumps(body).encode())
+
+    assert server.post(canary).json()["choices"] == before

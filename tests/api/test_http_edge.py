@@ -1,0 +1,237 @@
+"""The edge of the server: ids, limits while reading, unknown routes, probes, metrics, unexpected failures."""
+
+import json
+import socket
+import time
+from dataclasses import replace
+
+import httpx
+import pytest
+from fake_engine import FakeEngineClient
+from fastapi import FastAPI
+from prometheus_client.parser import text_string_to_metric_families
+
+from engine.types import Progress
+from server.limits import Limits
+
+pytestmark = pytest.mark.anyio
+
+JSON = {"content-type": "application/json"}
+
+
+def checked_error(response: httpx.Response) -> dict:
+    """The error of an answer in OpenAI's envelope."""
+    body = response.json()
+    assert set(body) == {"error"}
+    error = body["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert isinstance(error["message"], str)
+    assert error["type"] in ("invalid_request_error", "server_error")
+    assert error["code"] is None or isinstance(error["code"], str)
+    return error
+
+
+async def test_every_answer_has_an_id_of_the_servers_own(http: httpx.AsyncClient):
+    answers = [
+        await http.get("/livez", headers={"x-request-id": "mine"}),
+        await http.get("/nowhere"),
+        await http.post("/v1/completions", json={"n": 0}),
+        await http.post("/v1/completions", json={"max_tokens": 1}),
+        await http.get("/livez", headers={"x-big": "x" * 40_000}),
+    ]
+
+    ids = [answer.headers["x-request-id"] for answer in answers]
+    assert len(set(ids)) == len(ids)
+    assert "mine" not in ids
+
+
+async def test_an_unknown_route_is_404_and_a_wrong_method_405_in_the_envelope(http: httpx.AsyncClient):
+    unknown = await http.post("/v1/embeddings", content=b"anything")
+    wrong = await http.put("/v1/completions")
+
+    assert unknown.status_code == 404
+    assert wrong.status_code == 405
+    assert wrong.headers["allow"] == "POST"
+    assert checked_error(unknown)["type"] == "invalid_request_error"
+    assert checked_error(wrong)["param"] is None
+
+
+async def test_options_names_the_methods_and_grants_no_cross_origin(http: httpx.AsyncClient):
+    answer = await http.options("/v1/completions", headers={"origin": "http://elsewhere", "access-control-request-method": "POST"})
+
+    assert answer.status_code == 204
+    assert answer.headers["allow"] == "POST, OPTIONS"
+    assert not [name for name in answer.headers if name.startswith("access-control")]
+
+
+@pytest.mark.parametrize("path", ["/v1/models/", "/v1//models", "/v1/models//"])
+async def test_slashes_too_many_change_nothing(http: httpx.AsyncClient, path: str):
+    assert (await http.get(path)).json()["object"] == "list"
+
+
+async def test_the_model_is_listed_and_found_by_its_id(http: httpx.AsyncClient):
+    listed = (await http.get("/v1/models")).json()
+    found = (await http.get("/v1/models/tiny")).json()
+    other = await http.get("/v1/models/xai/grok-9")
+
+    assert listed["object"] == "list"
+    assert listed["data"] == [found]
+    assert found == {
+        "id": "tiny",
+        "object": "model",
+        "created": found["created"],
+        "owned_by": "grok-server",
+        "max_model_len": 256,
+    }
+    assert other.status_code == 404
+    assert checked_error(other)["code"] == "model_not_found"
+
+
+async def test_probes_answer_head_as_well(http: httpx.AsyncClient):
+    for path in ("/livez", "/readyz", "/health", "/v1/models", "/metrics"):
+        assert (await http.head(path)).status_code == 200
+
+
+async def test_readiness_follows_the_engine_and_liveness_does_not(http: httpx.AsyncClient, engine: FakeEngineClient):
+    ready = await http.get("/readyz")
+    info, engine.info, engine.is_ready = engine.info, None, False
+    engine.progress = Progress(phase="load", done=3, total=4, unit="bytes")
+    loading = await http.get("/readyz")
+    engine.info, engine.progress = info, None
+    restarting = await http.get("/health")
+
+    assert ready.status_code == 200
+    assert loading.status_code == 503
+    assert loading.json() == {"status": "model_loading", "phase": "load", "percent": 75.0}
+    assert restarting.status_code == 503
+    assert restarting.json()["status"] == "engine_restarting"
+    assert (await http.get("/livez")).status_code == 200
+
+
+async def test_a_body_of_another_type_or_encoding_is_415(http: httpx.AsyncClient):
+    for headers in (
+        {"content-type": "text/plain"},
+        {"content-type": "application/x-www-form-urlencoded"},
+        {"content-type": "application/json; charset=utf-16"},
+        {"content-type": "application/json", "content-encoding": "gzip"},
+        {},
+    ):
+        answer = await http.post("/v1/completions", content=b"{}", headers=headers)
+        assert answer.status_code == 415, headers
+        assert checked_error(answer)["code"] == "unsupported_body"
+
+
+async def test_json_in_utf8_is_accepted_however_it_is_declared(http: httpx.AsyncClient):
+    for content_type in ("application/json", "Application/JSON; charset=UTF-8", 'application/json;charset="utf-8"'):
+        answer = await http.post("/v1/completions", content=b'{"max_tokens": 1}', headers={"content-type": content_type})
+        assert answer.status_code == 200, content_type
+
+
+@pytest.mark.parametrize("limits", [replace(Limits(), max_body_bytes=1000)])
+@pytest.mark.usefixtures("limits")
+async def test_a_body_is_taken_at_the_limit_and_refused_past_it(http: httpx.AsyncClient):
+    def body(size: int) -> bytes:
+        start = b'{"max_tokens": 1, "user": "'
+        return start + b"x" * (size - len(start) - 2) + b'"}'
+
+    async def in_pieces(content: bytes):
+        for start in range(0, len(content), 100):
+            yield content[start : start + 100]
+
+    at_limit = await http.post("/v1/completions", content=body(1000), headers=JSON)
+    past_it = await http.post("/v1/completions", content=body(1001), headers=JSON)
+    past_it_undeclared = await http.post("/v1/completions", content=in_pieces(body(1001)), headers=JSON)
+
+    assert at_limit.status_code == 200
+    assert past_it.status_code == past_it_undeclared.status_code == 413
+    assert checked_error(past_it)["code"] == checked_error(past_it_undeclared)["code"] == "body_too_large"
+
+
+def test_a_client_that_sends_too_much_still_reads_why(live_url: str):
+    answer = httpx.post(f"{live_url}/v1/completions", content=b" " * 8_000_000, headers=JSON)
+
+    assert answer.status_code == 413
+    assert answer.headers["connection"] == "close"
+
+
+@pytest.mark.parametrize("limits", [replace(Limits(), max_header_bytes=2000)])
+@pytest.mark.usefixtures("limits")
+async def test_headers_are_taken_below_the_limit_and_refused_past_it(http: httpx.AsyncClient):
+    below = await http.get("/livez", headers={"x-big": "x" * 1500})
+    past_it = await http.get("/livez", headers={"x-big": "x" * 2000})
+
+    assert below.status_code == 200
+    assert past_it.status_code == 431
+    assert checked_error(past_it)["code"] == "headers_too_large"
+
+
+def test_a_body_that_comes_too_slowly_is_408(live_url: str):
+    port = httpx.URL(live_url).port or 0
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.sendall(b'POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 50\r\n\r\n{"max')
+        started = time.monotonic()
+        connection.settimeout(5)
+        answer = b""
+        while piece := connection.recv(65536):
+            answer += piece
+
+    assert answer.startswith(b"HTTP/1.1 408")
+    assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "body_timeout"
+    assert time.monotonic() - started < 3
+
+
+def test_a_client_that_leaves_in_the_middle_of_its_body_leaves_nothing_behind(live_url: str, app: FastAPI):
+    port = httpx.URL(live_url).port or 0
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 50\r\n\r\n{")
+
+    assert httpx.get(f"{live_url}/livez").status_code == 200
+    assert app.state.services.admission.num_open == 0
+
+
+async def test_an_unexpected_failure_is_a_generic_500_with_an_id(http: httpx.AsyncClient, engine: FakeEngineClient):
+    def script(_: object):
+        raise RuntimeError("secret /root/path")
+
+    engine.script = script
+
+    answer = await http.post("/v1/completions", json={"prompt": [7]})
+
+    assert answer.status_code == 500
+    error = checked_error(answer)
+    assert error["code"] == "internal_error"
+    assert answer.headers["x-request-id"] in error["message"]
+    assert "secret" not in answer.text
+    assert (await http.get("/livez")).status_code == 200
+
+
+async def test_an_unexpected_failure_reaches_the_servers_log(app: FastAPI, engine: FakeEngineClient):
+    def script(_: object):
+        raise RuntimeError("for the log")
+
+    engine.script = script
+
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as http:
+        with pytest.raises(RuntimeError, match="for the log"):
+            await http.post("/v1/completions", json={"prompt": [7]})
+
+
+async def test_metrics_count_tokens_times_and_ends(http: httpx.AsyncClient, engine: FakeEngineClient):
+    await http.post("/v1/completions", json={"prompt": [[7, 8], [9]], "max_tokens": 4})
+    engine.pause_s = 0.1
+    await http.post("/v1/completions", json={"prompt": [7], "timeout": 0.01})
+
+    samples = {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in text_string_to_metric_families((await http.get("/metrics")).text)
+        for sample in family.samples
+    }
+    assert samples["grok:prompt_tokens_total",] == 4
+    assert samples["grok:generation_tokens_total",] == 8
+    assert samples["grok:sequences_finished_total", "length"] == 2
+    assert samples["grok:sequences_finished_total", "deadline"] == 1
+    assert samples["grok:time_to_first_token_seconds_count",] == 2
+    assert samples["grok:inter_token_latency_seconds_count",] == 6
+    assert samples["grok:e2e_request_latency_seconds_count",] == 3
+    for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"):
+        assert samples[f"grok:{name}",] == samples[f"vllm:{name}", "tiny"] == 0
