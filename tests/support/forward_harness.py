@@ -1,6 +1,7 @@
 """Runs the model over chosen chunks of several sequences, through the real batch, cache and forward pass, and returns every position's logits."""
 
 from collections.abc import Sequence as Seq
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ from numpy.typing import NDArray
 
 from engine.batch import Batcher
 from engine.block_pool import BlockPool
-from engine.config import CacheConfig, EngineConfig, MeshConfig, ModelConfig, SchedulerConfig
+from engine.config import CacheConfig, DType, EngineConfig, MeshConfig, ModelConfig, SchedulerConfig
 from engine.model.params import Params
 from engine.model.transformer import forward, logits_of
 from engine.ops.tiles import map_rows
@@ -20,23 +21,51 @@ from engine.sharding import make_mesh
 from engine.types import GenerationRequest, SamplingParams
 
 
+def small_model(**changes: Any) -> ModelConfig:
+    """A Grok-1-shaped model that compiles in seconds; every field can be given."""
+    fields = {
+        "vocab_size": 64,
+        "sequence_len": 80,
+        "emb_size": 32,
+        "key_size": 8,
+        "num_q_heads": 4,
+        "num_kv_heads": 2,
+        "num_layers": 2,
+        "num_experts": 4,
+        "num_selected_experts": 2,
+        "ffn_size": 40,
+        "embedding_multiplier_scale": 5.7,
+        "output_multiplier_scale": 0.57,
+        "attn_output_multiplier": 0.35,
+        **changes,
+    }
+    return ModelConfig(**fields)
+
+
 def engine_config(
-    model: ModelConfig, *, dtype: str = "float32", num_blocks: int = 64, block_size: int = 16, tensor: int = 1, **scheduler: int
-):
+    model: ModelConfig,
+    *,
+    model_dir: str = "",
+    dtype: DType = "float32",
+    num_blocks: int = 64,
+    block_size: int = 16,
+    mesh: MeshConfig = MeshConfig(),
+    **scheduler: int,
+) -> EngineConfig:
     """A configuration for tests; every limit can be given."""
     limits = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "max_model_len": model.sequence_len, **scheduler}
     return EngineConfig(
         model=model,
-        model_dir="",
+        model_dir=model_dir,
         dtype=dtype,
-        mesh=MeshConfig(tensor=tensor),
+        mesh=mesh,
         cache=CacheConfig(num_blocks=num_blocks, block_size=block_size),
         scheduler=SchedulerConfig(**limits),
     )
 
 
 class ForwardHarness:
-    """`run` takes (prompt, chunk lengths) pairs; chunk i of every prompt is computed in step i, all in one batch."""
+    """`run` takes (prompt, chunk lengths) pairs; chunk i of every prompt is computed in step i, all in one batch in the order given."""
 
     def __init__(self, config: EngineConfig, params: Params):
         self.config = config
@@ -51,10 +80,10 @@ class ForwardHarness:
         )
         self._steps = {layout: jax.jit(self._step_of(layout)) for layout in self.batcher.layouts}
 
-    def run(self, work: Seq[tuple[Seq[int], Seq[int]]]) -> list[NDArray[np.float32]]:
-        """Logits [prompt length, V] for every prompt."""
+    def run(self, work: Seq[tuple[Seq[int], Seq[int]]], *, stale: float = 0.0) -> list[NDArray[np.float32]]:
+        """Logits [prompt length, V] for every prompt; `stale` is what the cache holds before, from whoever had the blocks last."""
         pool = BlockPool(self.config.cache.num_blocks)
-        cache = empty_cache(self.config, self.mesh)
+        cache = jax.tree.map(lambda array: array + jnp.asarray(stale, array.dtype), empty_cache(self.config, self.mesh))
         sequences = [self._sequence(prompt, index, pool) for index, (prompt, _) in enumerate(work)]
         rows: list[list[NDArray[np.float32]]] = [[] for _ in work]
         for step in range(max(len(chunks) for _, chunks in work)):
