@@ -150,8 +150,11 @@ def error_response(error: ApiError) -> JSONResponse:
     return JSONResponse(error_body(error), status_code=error.status, headers=error.headers)
 
 
-def as_api_error(error: Exception, *, request_id: str, limits: Limits) -> ApiError:
-    """The one translation: whatever was raised, as what the client is told. The unexpected becomes a generic `InternalError`."""
+def as_api_error(error: Exception, *, request_id: str, limits: Limits, is_draining: bool = False) -> ApiError:
+    """The one translation: whatever was raised, as what the client is told. The unexpected becomes a generic `InternalError`.
+
+    While draining, a generation that is cut short was cut by the shutdown.
+    """
     match error:
         case ApiError():
             return error
@@ -159,6 +162,8 @@ def as_api_error(error: Exception, *, request_id: str, limits: Limits) -> ApiErr
             return _from_validation(error, max_chars=limits.max_message_chars)
         case RequestError():
             return InvalidRequest(shortened(str(error), limits.max_message_chars))
+        case EngineDiedError() if is_draining:
+            return Unavailable("the server is shutting down", code="shutting_down", retry_after_s=limits.retry_after_s)
         case EngineDiedError():
             return Unavailable(
                 "the engine ended while this request ran and is being restarted; send it again",
@@ -218,12 +223,14 @@ def install_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(Exception, _answer_unexpected)
 
 
-def _translated(request: Request, error: Exception) -> ApiError:
-    return as_api_error(error, request_id=request.state.request_id, limits=request.app.state.services.limits)
+def translated(request: Request, error: Exception) -> ApiError:
+    """`as_api_error` with what is known about the request and the application that serves it."""
+    services = request.app.state.services
+    return as_api_error(error, request_id=request.state.request_id, limits=services.limits, is_draining=services.admission.is_draining)
 
 
 async def _answer_known(request: Request, error: Exception) -> Response:
-    return error_response(_translated(request, error))
+    return error_response(translated(request, error))
 
 
 async def _answer_http(request: Request, error: Exception) -> Response:
@@ -260,6 +267,6 @@ async def _answer_unexpected(request: Request, error: Exception) -> Response:
     """A bug of ours. The error goes on to the server's log with its traceback; the client gets the id to find it by."""
     request_id = request.state.request_id
     log.error("unhandled error", request_id=request_id, error=type(error).__name__)
-    response = error_response(_translated(request, error))
+    response = error_response(translated(request, error))
     response.headers["x-request-id"] = request_id
     return response

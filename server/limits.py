@@ -11,10 +11,10 @@ from dataclasses import dataclass
 class Limits:
     """Bounds of one request and of the server as a whole."""
 
-    # while reading: server/middleware.py
+    # while reading: server/http_protocol.py, server/middleware.py
     max_header_bytes: int = 32 * 1024  # request line and headers; 431
-    max_body_bytes: int = 2 * 1024 * 1024  # 413
-    body_timeout_s: float = 30.0  # from the first read to the last byte; 408
+    max_body_bytes: int = 1024 * 1024  # 413
+    body_timeout_s: float = 30.0  # for the headers, and again for the body; 408
     max_discarded_bytes: int = 16 * 1024 * 1024  # of a refused body, read so that the client sees the refusal
 
     # fields of one request: server/preprocess.py

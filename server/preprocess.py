@@ -62,8 +62,6 @@ def check_completion(body: CompletionRequest, *, limits: Limits, info: EngineInf
     if body.max_tokens is not None and body.min_tokens > body.max_tokens:
         raise InvalidRequest(f"min_tokens {shown(body.min_tokens)} is above max_tokens {shown(body.max_tokens)}", param="min_tokens")
     num_candidates = _num_candidates(body)
-    if len(body.prompt) > limits.max_prompts:
-        raise InvalidRequest(f"{len(body.prompt):,} prompts in one request, the limit is {limits.max_prompts:,}", param="prompt")
     if len(body.prompt) * num_candidates > limits.max_sequences:
         raise InvalidRequest(
             f"{len(body.prompt):,} prompts with {num_candidates} choices each exceed the limit of {limits.max_sequences:,} sequences",

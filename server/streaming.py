@@ -6,7 +6,7 @@ leaves cancels the writer where it waits, and with it everything the request run
 """
 
 import asyncio
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
 import msgspec
@@ -17,14 +17,14 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from server.answer import CompletionAnswer
-from server.errors import InternalError, as_api_error, error_body
+from server.errors import ApiError, InternalError, error_body
 from server.generation import Generations, Update
-from server.limits import Limits
 from server.schemas.completions import Completion
 
 log = structlog.get_logger(__name__)
 
 Result = TypeVar("Result")
+Translation = Callable[[Exception], ApiError]
 
 STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
@@ -53,12 +53,11 @@ async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, Result
 class CompletionStream(StreamingResponse):
     """The streamed answer to one completions request. Raises, like a route, what goes wrong before the first byte."""
 
-    def __init__(self, answer: CompletionAnswer, *, limits: Limits, request_id: str, headers: Mapping[str, str]) -> None:
+    def __init__(self, answer: CompletionAnswer, *, keep_alive_s: float, translate: Translation, headers: Mapping[str, str]) -> None:
         super().__init__((), media_type="text/event-stream", headers={**STREAM_HEADERS, **headers})
         self._answer = answer
-        self._limits = limits
-        self._keep_alive_s = limits.keep_alive_s
-        self._request_id = request_id
+        self._keep_alive_s = keep_alive_s
+        self._translate = translate
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
         await unless_disconnected(receive, self.stream_response(send))
@@ -90,7 +89,7 @@ class CompletionStream(StreamingResponse):
         return [_event(self._answer.chunk([], usage=self._answer.usage())), done] if self._answer.plan.include_usage else [done]
 
     def _failure(self, error: Exception) -> bytes:
-        told = as_api_error(error, request_id=self._request_id, limits=self._limits)
+        told = self._translate(error)
         if isinstance(told, InternalError):
             log.error("a stream failed after it began", exc_info=error)
         return format_sse_event(data_str=_encoder.encode(error_body(told)).decode())

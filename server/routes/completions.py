@@ -4,6 +4,7 @@ import re
 import time
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated
 
 import msgspec
@@ -12,6 +13,7 @@ from starlette.responses import Response
 
 from engine.types import EngineInfo
 from server.answer import CompletionAnswer
+from server.errors import translated
 from server.preprocess import CompletionPlan, build_requests, check_completion
 from server.schemas.common import json_answer, json_request
 from server.schemas.completions import Completion, CompletionRequest
@@ -37,7 +39,7 @@ async def admitted(request: Request, services: FromApp) -> AsyncIterator[Admitte
     """Read, check and admit; FastAPI leaves this after the last byte of the answer, which gives the place back."""
     arrival_s = time.monotonic()
     info = services.admission.check_open()
-    body = CompletionRequest.from_body(await request.body())
+    body = CompletionRequest.from_body(await request.body(), max_prompts=services.limits.max_prompts)
     plan = check_completion(body, limits=services.limits, info=info, model_name=services.model_name)
     with services.admission.permit(plan.num_sequences):
         headers = ignored_fields_header(body.unknown_fields, limit=services.limits.max_ignored_fields)
@@ -58,7 +60,9 @@ async def create_completion(request: Request, services: FromApp, admission: Anno
     )
     answer = CompletionAnswer(admission.plan, requests, services=services, request_id=request_id)
     if admission.plan.stream:
-        return CompletionStream(answer, limits=services.limits, request_id=request_id, headers=admission.headers)
+        return CompletionStream(
+            answer, keep_alive_s=services.limits.keep_alive_s, translate=partial(translated, request), headers=admission.headers
+        )
     whole = await unless_disconnected(request.receive, answer.collect())
     return Response(msgspec.json.encode(whole), media_type="application/json", headers=admission.headers)
 

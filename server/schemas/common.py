@@ -4,7 +4,7 @@ Types are strict: `true` is not 1, `"5"` is not 5, NaN is not a number. `null` m
 table of limits are checked by `server/preprocess.py`, the others here.
 """
 
-from typing import Annotated, Any, Self, cast
+from typing import Annotated, Any, cast
 
 import msgspec
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema, model_validator
@@ -23,11 +23,6 @@ class WireModel(BaseModel):
         if not isinstance(data, dict):
             raise ValueError("the body must be a JSON object")
         return {name: value for name, value in cast("dict[str, Any]", data).items() if value is not None}
-
-    @classmethod
-    def from_body(cls, body: bytes) -> Self:
-        """Read a request body. Raises pydantic's `ValidationError`, which `server/errors.py` translates."""
-        return cls.model_validate_json(body)
 
     @property
     def unknown_fields(self) -> tuple[str, ...]:

@@ -1,9 +1,9 @@
 """The wire types of `POST /v1/completions`: the request as OpenAI documents it, and one answer shape for streamed and whole alike."""
 
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Self, cast
 
 import msgspec
-from pydantic import Field, PlainValidator, WithJsonSchema
+from pydantic import Field, PlainValidator, ValidationInfo, WithJsonSchema
 
 from server.schemas.common import SamplingFields, Usage
 
@@ -11,8 +11,11 @@ TextPrompts = tuple[str, ...]
 IdPrompts = tuple[tuple[int, ...], ...]
 
 
-def _prompts(value: Any) -> TextPrompts | IdPrompts:
-    """The four forms of a prompt as one: a tuple of texts or a tuple of id tuples. Looks at types with one pass in C per list."""
+def _prompts(value: Any, info: ValidationInfo) -> TextPrompts | IdPrompts:
+    """The four forms of a prompt as one: a tuple of texts or a tuple of id tuples.
+
+    Types are looked at with one pass in C per list, and the number of prompts before any of them: a hostile list costs little.
+    """
     if isinstance(value, str):
         return (value,)
     if not isinstance(value, list):
@@ -21,10 +24,13 @@ def _prompts(value: Any) -> TextPrompts | IdPrompts:
     if not items:
         raise ValueError("the list is empty; leave the prompt out to start a new document")
     kinds = set(map(type, items))
-    if kinds == {str}:
-        return tuple(items)
     if kinds == {int}:
         return (tuple(items),)
+    max_prompts = cast("dict[str, int]", info.context)["max_prompts"]
+    if len(items) > max_prompts:
+        raise ValueError(f"{len(items):,} prompts in one request, the limit is {max_prompts:,}")
+    if kinds == {str}:
+        return tuple(items)
     if kinds == {list}:
         if not all(items):
             raise ValueError("one of the lists of token ids is empty; leave the prompt out to start a new document")
@@ -61,6 +67,11 @@ class CompletionRequest(SamplingFields):
     best_of: int | None = Field(None, ge=0, le=20)
     logprobs: int | None = Field(None, ge=0)
     echo: bool = False
+
+    @classmethod
+    def from_body(cls, body: bytes, *, max_prompts: int) -> Self:
+        """Read a request body. Raises pydantic's `ValidationError`, which `server/errors.py` translates."""
+        return cls.model_validate_json(body, context={"max_prompts": max_prompts})
 
 
 class Logprobs(msgspec.Struct, frozen=True, kw_only=True):

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import httpx
 import pytest
+import structlog
 from fake_engine import FakeEngineClient, tiny_config
 from fastapi import FastAPI
 from live_server import serve_in_thread
@@ -12,6 +13,11 @@ from tiny_tokenizer import tiny_tokenizer
 
 from server.app import create_app
 from server.limits import Limits
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _logs_go_where_pytest_captures_them() -> None:
+    structlog.configure(logger_factory=structlog.stdlib.LoggerFactory(), cache_logger_on_first_use=False)
 
 
 @pytest.fixture

@@ -99,6 +99,18 @@ async def test_a_draining_server_is_unready_and_finishes_what_runs(http: httpx.A
     assert running.result().status_code == 200
 
 
+async def test_what_a_shutdown_cuts_short_is_told_so(http: httpx.AsyncClient, engine: FakeEngineClient, app: FastAPI):
+    engine.script = lambda _: [HANG]
+    async with asyncio.TaskGroup() as tasks:
+        running = tasks.create_task(http.post("/v1/completions", json={"prompt": [7]}))
+        while not engine.num_open:
+            await asyncio.sleep(0.001)
+        app.state.services.admission.drain()
+        engine.die()
+
+    assert (running.result().status_code, running.result().json()["error"]["code"]) == (503, "shutting_down")
+
+
 async def test_a_refused_request_holds_no_place(http: httpx.AsyncClient, app: FastAPI):
     await http.post("/v1/completions", json={"prompt": [7] * 1000})
     await http.post("/v1/completions", json={"prompt": [100000]})

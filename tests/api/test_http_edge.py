@@ -1,17 +1,21 @@
 """The edge of the server: ids, limits while reading, unknown routes, probes, metrics, unexpected failures."""
 
+import contextlib
 import json
 import socket
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 
 import httpx
 import pytest
 from fake_engine import FakeEngineClient
 from fastapi import FastAPI
+from live_server import serve_in_thread
 from prometheus_client.parser import text_string_to_metric_families
 
 from engine.types import Progress
+from server.http_protocol import bounded_http
 from server.limits import Limits
 
 pytestmark = pytest.mark.anyio
@@ -178,6 +182,60 @@ def test_a_body_that_comes_too_slowly_is_408(live_url: str):
     assert answer.startswith(b"HTTP/1.1 408")
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "body_timeout"
     assert time.monotonic() - started < 3
+
+
+@pytest.fixture
+def bounded_address(app: FastAPI, limits: Limits) -> Iterator[tuple[str, int]]:
+    """Host and port of a server whose connections are bounded before a request exists."""
+    with serve_in_thread(app, http=bounded_http(limits)) as url:
+        yield "127.0.0.1", httpx.URL(url).port or 0
+
+
+def answer_to(address: tuple[str, int], *pieces: bytes) -> tuple[int, dict]:
+    """Send raw bytes, read until the server closes: status and error."""
+    with socket.create_connection(address, timeout=5) as connection:
+        with contextlib.suppress(OSError):
+            for piece in pieces:
+                connection.sendall(piece)
+        answer = b""
+        while piece := connection.recv(65536):
+            answer += piece
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert b"x-request-id: " in head
+    return int(head.split()[1]), json.loads(body)["error"]
+
+
+@pytest.mark.parametrize("limits", [replace(Limits(), max_header_bytes=2000)])
+def test_headers_without_end_are_refused_while_they_come(bounded_address: tuple[str, int]):
+    one_value = answer_to(bounded_address, b"GET /livez HTTP/1.1\r\nx-big: ", b"x" * 5000)
+    many_values = answer_to(bounded_address, b"GET /livez HTTP/1.1\r\n", b"x-a: b\r\n" * 1000)
+
+    for status, error in (one_value, many_values):
+        assert status == 431
+        assert error["code"] == "headers_too_large"
+
+
+def test_headers_that_come_too_slowly_are_408(bounded_address: tuple[str, int]):
+    status, error = answer_to(bounded_address, b"GET /livez HTTP/1.1\r\nx-slow: ")
+
+    assert (status, error["code"]) == (408, "body_timeout")
+
+
+def test_bytes_that_are_no_http_are_refused_in_the_envelope(bounded_address: tuple[str, int]):
+    for content in (b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n", b"GET /\xff HTTP/1.1\r\n\r\n", b"NONSENSE\r\n\r\n"):
+        status, error = answer_to(bounded_address, content)
+
+        assert status == 400
+        assert set(error) == {"message", "type", "param", "code"}
+
+
+def test_a_bounded_connection_serves_one_request_after_the_other(bounded_address: tuple[str, int]):
+    host, port = bounded_address
+    with httpx.Client(base_url=f"http://{host}:{port}") as http:
+        for _ in range(3):
+            assert http.post("/v1/completions", json={"prompt": [7], "max_tokens": 2}).status_code == 200
+        time.sleep(0.5)  # longer than a head may take: an idle connection is not a slow one
+        assert http.get("/livez").status_code == 200
 
 
 def test_a_client_that_leaves_in_the_middle_of_its_body_leaves_nothing_behind(live_url: str, app: FastAPI):
