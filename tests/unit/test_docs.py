@@ -1,0 +1,97 @@
+"""The documents say what the code does: fields, routes, make targets, flags, files."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from server.limits import Limits
+from server.schemas.completions import CompletionRequest
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text()
+API = (ROOT / "docs" / "api.md").read_text()
+DOCUMENTS = sorted(path for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+
+
+def rows(text: str, heading: str) -> list[list[str]]:
+    """The cells of the first table under a heading."""
+    section = text.split(f"## {heading}\n", 1)[1].split("\n## ", 1)[0]
+    lines = [line for line in section.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def field_rows() -> dict[str, list[str]]:
+    return {row[0].strip("`"): row for row in rows(API, "Fields of `POST /v1/completions`")}
+
+
+def test_the_table_of_fields_is_the_schema():
+    assert set(field_rows()) == set(CompletionRequest.model_fields)
+
+
+def test_the_table_of_fields_gives_plain_defaults_as_they_are():
+    for name, field in CompletionRequest.model_fields.items():
+        if isinstance(field.default, bool | int | float):
+            assert field_rows()[name][1] == str(field.default).lower(), name
+
+
+def test_the_table_of_fields_gives_the_limits_as_they_are():
+    limits = Limits()
+    takes = {name: row[2].replace(",", "") for name, row in field_rows().items()}
+
+    assert takes["logprobs"] == f"0 to {limits.max_logprobs}"
+    assert f"up to {limits.max_stop_strings} of up to {limits.max_stop_chars} characters" in takes["stop"]
+    assert f"up to {limits.max_stop_token_ids} ids" in takes["stop_token_ids"]
+    assert f"up to {limits.max_logit_bias}" in takes["logit_bias"]
+    assert f"up to {limits.max_timeout_s:.0f}" in takes["timeout"]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_make_target_in_the_documents_exists(document: Path):
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+
+    named = set(re.findall(r"\bmake ([a-z-]+)\b", " ".join(re.findall(r"```sh\n.*?```|`[^`\n]+`", document.read_text(), flags=re.DOTALL))))
+
+    assert named <= targets
+
+
+@pytest.fixture(scope="module")
+def serve_help() -> str:
+    command = [sys.executable, "-m", "server", "serve", "--help"]
+    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env={**os.environ, "COLUMNS": "200"}).stdout
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_flag_of_serve_in_the_documents_exists(document: Path, serve_help: str):
+    commands = re.findall(r"grok-server serve([^`\n]*)|ARGS=\"([^\"]*)\"", document.read_text())
+
+    flags = {flag for parts in commands for part in parts for flag in re.findall(r"(--[a-z][a-z-]+)", part)}
+
+    assert sorted(flag for flag in flags if flag not in serve_help) == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_link_between_documents_leads_somewhere(document: Path):
+    links = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", document.read_text())
+
+    assert [link for link in links if not (document.parent / link).exists()] == []
+
+
+def test_the_file_tree_of_the_readme_is_the_tree():
+    tree = README.split("## Files\n", 1)[1].split("```")[1]
+    listed, parents = set(), []
+    for line in tree.strip().splitlines():
+        if not (match := re.match(r"^( *)(\S+)", line)):
+            continue
+        depth, name = len(match[1]) // 2, match[2]
+        parents[depth:] = [name.rstrip("/")]
+        listed.add("/".join(parents))
+
+    missing = sorted(path for path in listed if not (ROOT / path).exists())
+    ours = {str(path.relative_to(ROOT)) for folder in ("server", "engine") for path in (ROOT / folder).glob("*.py")}
+    unlisted = sorted(path for path in ours - listed if not path.endswith("__init__.py"))
+
+    assert (missing, unlisted) == ([], [])
