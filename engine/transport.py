@@ -15,7 +15,7 @@ import struct
 import threading
 from collections import deque
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Protocol, cast
 
 from engine.errors import TransportError
 
@@ -151,8 +151,7 @@ class AsyncChannel(asyncio.Protocol):
             self._transport.abort()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's has the methods, not the base class
 
     def data_received(self, data: bytes) -> None:
         try:

@@ -110,6 +110,8 @@ class Supervisor:
         watchdog: asyncio.Task[None] | None = None
         try:
             self.client.connect(await open_channel(ours, self.client), Configure(self._options))
+            if self._stopping.is_set():
+                self.client.disconnect()
             watchdog = asyncio.create_task(self._watch_progress(process))
             await self.client.wait_disconnected()
         except asyncio.CancelledError:

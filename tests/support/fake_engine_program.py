@@ -1,0 +1,50 @@
+"""The engine process with a `FakeCore` inside: `python fake_engine_program.py --fd N [--start ok|fail|crash|slow] [--step-s S]`."""
+
+import argparse
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+
+from fake_core import FakeCore, options_info
+
+from engine.__main__ import run_engine
+from engine.config import EngineOptions
+from engine.errors import CheckpointError
+from engine.transport import BlockingChannel
+from engine.types import Progress
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--fd", type=int, required=True)
+    parser.add_argument("--start", choices=["ok", "fail", "crash", "slow"], default="ok")
+    parser.add_argument("--step-s", type=float, default=0.005)
+    arguments = parser.parse_args()
+
+    def build(options: EngineOptions, report: Callable[[Progress], None]) -> FakeCore:
+        report(Progress(phase="load", done=1, total=2, unit="bytes"))
+        if arguments.start == "fail":
+            raise CheckpointError("tensor00003_000: expected int8 of 8 x 64, found a shopping list")
+        if arguments.start == "crash":
+            raise RuntimeError("a bug in the start")
+        if arguments.start == "slow":
+            time.sleep(3600)
+        return FakeCore(options_info(options), step_s=arguments.step_s)
+
+    channel = BlockingChannel(socket.socket(fileno=arguments.fd))
+    try:
+        status = run_engine(channel, build=build, on_disconnect=lambda: os._exit(0))
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    sys.stderr.flush()
+    os._exit(status)
+
+
+main()
