@@ -28,8 +28,8 @@ class Services:
     fingerprint: str
 
 
-def _of_app(request: Request) -> Services:
-    return request.app.state.services
+async def _of_app(request: Request) -> Services:
+    return request.app.state.services  # async, because FastAPI sends a plain function to a thread
 
 
 FromApp = Annotated[Services, Depends(_of_app)]
