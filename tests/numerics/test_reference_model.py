@@ -88,7 +88,7 @@ def test_logits_equal_those_of_plain_numpy(case: Case):
 
 def test_every_field_of_the_configuration_matters_to_the_reference():
     """Otherwise the comparison above could not see it ignored."""
-    base = dict(num_layers=1, num_experts=3, num_selected_experts=2, attn_output_multiplier=1.7)
+    base = {"num_layers": 1, "num_experts": 3, "num_selected_experts": 2, "attn_output_multiplier": 1.7}
     params = random_params(small_model(**base), seed=1, dtype="float32")
     changes = {
         "attn_logit_cap": 0.5,

@@ -1,6 +1,8 @@
-"""Runs the model over chosen chunks of several sequences, through the real batch, cache and forward pass, and returns every position's logits."""
+"""Small models, and two ways to run one: `ForwardHarness` returns every position's logits, `finish` an engine's answers to requests."""
 
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -11,6 +13,7 @@ from numpy.typing import NDArray
 from engine.batch import Batcher
 from engine.block_pool import BlockPool
 from engine.config import CacheConfig, DType, EngineConfig, MeshConfig, ModelConfig, SchedulerConfig
+from engine.core import EngineCore
 from engine.model.params import Params
 from engine.model.transformer import forward, logits_of
 from engine.ops.tiles import map_rows
@@ -18,7 +21,7 @@ from engine.runner import StepLayout, empty_cache, step_layouts
 from engine.scheduler import Schedule, ScheduledTokens
 from engine.sequence import Sequence
 from engine.sharding import make_mesh
-from engine.types import GenerationRequest, SamplingParams
+from engine.types import FinishReason, GenerationRequest, Progress, SamplingParams, TokenDelta, TokenLogprob
 
 
 def small_model(**changes: Any) -> ModelConfig:
@@ -64,8 +67,50 @@ def engine_config(
     )
 
 
+@dataclass(slots=True, kw_only=True)
+class Answer:
+    """All deltas of one request, joined; equal answers are equal to the bit."""
+
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+    def add(self, delta: TokenDelta) -> None:
+        assert self.finish_reason is None, "a delta came after the last one"
+        self.token_ids += delta.token_ids
+        self.logprobs += delta.logprobs
+        self.prompt_logprobs += delta.prompt_logprobs
+        self.finish_reason = delta.finish_reason
+
+
+def finish(core: EngineCore, requests: Iterable[GenerationRequest], *, steps_between: int = 0) -> dict[str, Answer]:
+    """Submit the requests, `steps_between` steps apart, and step until all have ended."""
+    answers: dict[str, Answer] = {}
+
+    def step() -> None:
+        for delta in core.step():
+            answers[delta.request_id].add(delta)
+
+    for request in requests:
+        core.submit(request)
+        answers[request.request_id] = Answer()
+        for _ in range(steps_between):
+            step()
+    while core.has_work:
+        step()
+    return answers
+
+
+def no_report(_: Progress) -> None:
+    """For starts that nobody watches."""
+
+
 class ForwardHarness:
-    """`run` takes (prompt, chunk lengths) pairs; chunk i of every prompt is computed in step i, all in one batch in the order given."""
+    """Runs chosen chunks of several sequences through the real batch, cache and forward pass.
+
+    `run` takes (prompt, chunk lengths) pairs; chunk i of every prompt is computed in step i, all in one batch in the order given.
+    """
 
     def __init__(self, config: EngineConfig, params: Params):
         self.config = config

@@ -1,7 +1,7 @@
-"""Grok-1 once more, in NumPy float64: dense attention over the whole prompt, no cache, no batch, every expert written as a plain matrix product.
+"""Grok-1 once more, in NumPy float64: dense attention over the whole prompt, no cache, no batch, one expert of one token at a time.
 
-Follows the description of the released code (xai-org/grok-1, model.py), shares nothing with `engine/model` or `engine/ops`, and is what they are
-compared with.
+Follows the description of the released code (xai-org/grok-1, model.py), shares no arithmetic with `engine/model` or `engine/ops`, and is
+what they are compared with.
 """
 
 import jax
