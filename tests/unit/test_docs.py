@@ -7,13 +7,17 @@ import sys
 from pathlib import Path
 
 import pytest
+from fake_engine import FakeEngineClient
 
 from server.limits import Limits
+from server.observability import Metrics
 from server.schemas.completions import CompletionRequest
+from server.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 API = (ROOT / "docs" / "api.md").read_text()
+OPERATIONS = (ROOT / "docs" / "operations.md").read_text()
 DOCUMENTS = sorted(path for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 
 
@@ -47,6 +51,20 @@ def test_the_table_of_fields_gives_the_limits_as_they_are():
     assert f"up to {limits.max_stop_token_ids} ids" in takes["stop_token_ids"]
     assert f"up to {limits.max_logit_bias}" in takes["logit_bias"]
     assert f"up to {limits.max_timeout_s:.0f}" in takes["timeout"]
+
+
+def test_every_setting_in_the_operations_guide_exists():
+    named = {name for row in rows(OPERATIONS, "Settings") for name in re.findall(r"`(\w+)`", row[1])}
+
+    assert named <= set(Settings.model_fields)
+
+
+def test_every_metric_in_the_operations_guide_exists():
+    series = Metrics(FakeEngineClient(), model_name="m").scrape().decode()
+
+    named = {name for row in rows(OPERATIONS, "Metrics") for name in re.findall(r"`(\w+:\w+)`", row[0])}
+
+    assert sorted(name for name in named if name not in series) == []
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
