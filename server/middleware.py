@@ -20,6 +20,8 @@ from server.limits import Limits
 
 access_log = structlog.get_logger("access")
 
+PROBES = frozenset({"/livez", "/readyz", "/health", "/metrics"})  # asked every few seconds; logged at debug level only
+
 
 class RequestContext:
     """A server-made id on every answer, bound to every log line of the request; one access-log line at its end."""
@@ -47,7 +49,8 @@ class RequestContext:
             try:
                 await self.app(scope, receive, send_with_id)
             finally:
-                access_log.info(
+                log = access_log.debug if scope["path"] in PROBES else access_log.info
+                log(
                     "request",
                     method=shortened(scope["method"], 20),
                     path=shortened(scope["path"], 100),

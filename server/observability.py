@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 
 import structlog
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -29,6 +29,7 @@ class Metrics:
     """The registry behind `/metrics`."""
 
     def __init__(self, client: EngineClient, *, model_name: str) -> None:
+        disable_created_metrics()  # a second series per counter that nobody reads
         self._registry = CollectorRegistry()
         self._registry.register(_EngineGauges(client, model_name=model_name))
         self.prompt_tokens = Counter("grok:prompt_tokens", "Prompt tokens of submitted sequences", registry=self._registry)

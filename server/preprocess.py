@@ -147,7 +147,7 @@ def _num_candidates(body: CompletionRequest) -> int:
         return body.n
     if body.best_of < body.n:
         raise InvalidRequest(f"best_of {body.best_of} is below n {body.n}", param="best_of")
-    if body.best_of > 1 and body.stream and body.best_of > body.n:
+    if body.best_of > 1 and body.stream:
         raise InvalidRequest("best_of cannot be streamed: which choice is best is known at the end", param="best_of")
     return body.best_of
 
@@ -216,9 +216,7 @@ async def _tokenized(plan: CompletionPlan, *, tokenizer: Tokenizer | None, bos_t
 
 def _max_tokens(plan: CompletionPlan, *, prompt_len: int, info: EngineInfo) -> int:
     room = info.max_model_len - prompt_len
-    if plan.max_tokens is None and room >= 1:
-        return max(min(DEFAULT_MAX_TOKENS, room), min(plan.sampling.min_tokens, room))
-    wanted = 1 if plan.max_tokens is None else plan.max_tokens
+    wanted = max(min(DEFAULT_MAX_TOKENS, room), plan.sampling.min_tokens, 1) if plan.max_tokens is None else plan.max_tokens
     if wanted > room:
         raise ContextLengthExceeded(
             f"the prompt is {prompt_len:,} tokens and {shown(wanted)} more are asked for, the model takes {info.max_model_len:,} together; "
