@@ -20,6 +20,8 @@ from engine.model.quantized import QuantizedArray, dequantize
 from engine.sharding import make_mesh
 from engine.types import FinishReason, GenerationRequest, SamplingParams
 
+pytestmark = pytest.mark.timeout(400)  # two dozen seconds of compiling, on whatever a busy machine leaves
+
 TINY_A = Path(__file__).parents[1] / "data" / "tiny-a"
 TOLERANCE = 1e-4  # absolute, on logits of standard deviation about 2
 MODEL = read_model_config(TINY_A)
