@@ -10,14 +10,13 @@ Owns the signals and the order of these things, not the things themselves.
 """
 
 import asyncio
-import importlib
 import os
 import signal
 import socket
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import uvicorn
 import uvloop
@@ -129,40 +128,42 @@ class _Life:
 
     async def _serve_http(self, *, until: "asyncio.Task[None]") -> None:
         """Serve until the engine is given up or a signal came; then drain."""
-        app = await self._make_app()
-        http = _Server(
-            uvicorn.Config(
-                app,
-                http="httptools",
-                ws="none",
-                lifespan="on",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                timeout_graceful_shutdown=FAREWELL_S,
-            )
-        )
+        config = await asyncio.to_thread(self._configure_http)
+        http = _Server(config)
         serving = asyncio.create_task(http.serve(sockets=[self._prepared.listener]))
         stop_asked = asyncio.create_task(self._stop_asked.wait())
         await asyncio.wait({until, serving, stop_asked}, return_when=asyncio.FIRST_COMPLETED)
         stop_asked.cancel()
-        await self._drain(app.state.services.admission)
+        await self._drain(cast("FastAPI", config.app).state.services.admission)
         http.should_exit = True
         await serving
 
-    async def _make_app(self) -> "FastAPI":
-        """The imports take seconds and run in a thread, so that progress shows and the engine's first messages are read meanwhile."""
+    def _configure_http(self) -> uvicorn.Config:
+        """The imports take seconds, so this runs in a thread: progress shows and the engine's first messages are read meanwhile."""
+        from server.app import create_app
+        from server.http_protocol import bounded_http
+        from server.observability import configure_logging
+
         settings = self._prepared.settings
-        observability = await asyncio.to_thread(importlib.import_module, "server.observability")
         as_json = settings.log_format == "json" or (settings.log_format == "auto" and not os.isatty(2))
-        observability.configure_logging(as_json=as_json, level=settings.log_level.upper())
-        app_module = await asyncio.to_thread(importlib.import_module, "server.app")
-        return app_module.create_app(
-            settings,
+        configure_logging(as_json=as_json, level=settings.log_level.upper())
+        app = create_app(
             client=self._supervisor.client,
             tokenizer=self._prepared.tokenizer,
             model=self._prepared.options.model,
             model_name=settings.model_name,
+            limits=settings.limits,
+        )
+        return uvicorn.Config(
+            app,
+            http=bounded_http(settings.limits),
+            ws="none",
+            lifespan="on",
+            log_config=None,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=FAREWELL_S,
         )
 
     async def _drain(self, admission: "Admission") -> None:
