@@ -34,7 +34,7 @@ def main() -> None:
     app()
 
 
-def serve(model_argument: str | None = None, /, **flags: Any) -> None:
+def serve(model_argument: str | None = None, **flags: Any) -> None:
     """Serve a model over HTTP until SIGTERM or Ctrl-C."""
     given = {name: value for name, value in flags.items() if value is not None}
     try:
@@ -75,7 +75,7 @@ def _fail(error: EngineError) -> NoReturn:
 
 def _parameters() -> Iterator[python_inspect.Parameter]:
     """One flag per field. Values arrive as text: checking them is the settings' work, in one place for flags, environment and YAML."""
-    positional = python_inspect.Parameter.POSITIONAL_ONLY
+    positional = python_inspect.Parameter.POSITIONAL_OR_KEYWORD
     argument = typer.Argument(metavar="[MODEL]", help="the same as --model", show_default=False)
     yield python_inspect.Parameter("model_argument", positional, default=None, annotation=Annotated[str | None, argument])
     panel = ""

@@ -8,7 +8,7 @@ from collections import deque
 
 from engine.config import EngineOptions, ModelConfig, SchedulerConfig
 from engine.errors import RequestError
-from engine.types import EngineInfo, EngineStats, FinishReason, GenerationRequest, SamplingParams, TokenDelta
+from engine.types import EngineInfo, EngineStats, FinishReason, GenerationRequest, SamplingParams, TokenDelta, TokenLogprob
 
 REFUSED, CRASHING, HANGING = 501, 502, 503
 
@@ -99,7 +99,8 @@ class FakeCore:
             finish = None if tokens else FinishReason.LENGTH
             if not tokens:
                 del self._running[request_id]
-            deltas.append(TokenDelta(request_id=request_id, token_ids=(token,), finish_reason=finish))
+            logprobs = () if submitted.sampling.logprobs is None else (TokenLogprob(token_id=token, logprob=-0.5),)
+            deltas.append(TokenDelta(request_id=request_id, token_ids=(token,), logprobs=logprobs, finish_reason=finish))
         return deltas
 
     def stats(self) -> EngineStats:

@@ -1,0 +1,199 @@
+import json
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from fake_core import TINY_MODEL
+
+from engine.errors import ConfigError
+from server.limits import Limits
+from server.settings import Settings, default_model_dir, engine_options, load_settings
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name in Settings.model_fields:
+        monkeypatch.delenv(f"GROK_SERVER_{name.upper()}", raising=False)
+
+
+@pytest.fixture
+def model_dir(tmp_path) -> Path:
+    directory = tmp_path / "my-model"
+    directory.mkdir()
+    keys = {field.name: getattr(TINY_MODEL, field.name) for field in fields(TINY_MODEL)}
+    (directory / "config.json").write_text(json.dumps(keys))
+    return directory
+
+
+def yaml_file(tmp_path, text: str) -> Path:
+    path = tmp_path / "serve.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_defaults_are_those_that_are_documented():
+    settings = load_settings({})
+
+    assert (settings.host, settings.port, settings.dtype) == ("127.0.0.1", 8000, "auto")
+    assert (settings.max_num_seqs, settings.max_num_batched_tokens, settings.block_size) == (64, 256, 16)
+    assert (settings.max_logprobs, settings.shutdown_timeout, settings.engine_stall_timeout) == (20, 30, 60)
+
+
+def test_a_flag_wins_over_the_environment_which_wins_over_yaml_which_wins_over_the_default(tmp_path, monkeypatch):
+    path = yaml_file(tmp_path, "port: 1\nmax_num_seqs: 2\nblock_size: 3\n")
+    monkeypatch.setenv("GROK_SERVER_PORT", "4")
+    monkeypatch.setenv("GROK_SERVER_MAX_NUM_SEQS", "5")
+
+    settings = load_settings({"config": str(path), "port": "6"})
+
+    assert (settings.port, settings.max_num_seqs, settings.block_size, settings.max_num_batched_tokens) == (6, 5, 3, 256)
+
+
+def test_the_yaml_file_can_be_named_by_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("GROK_SERVER_CONFIG", str(yaml_file(tmp_path, "host: 0.0.0.0")))
+
+    assert load_settings({}).host == "0.0.0.0"
+
+
+def test_an_empty_environment_variable_counts_as_unset(monkeypatch):
+    monkeypatch.setenv("GROK_SERVER_MODEL", "")
+
+    assert load_settings({}).model is None
+
+
+@pytest.mark.parametrize(
+    ("alias", "value", "field"),
+    [
+        ("model_path", "/m", "model"),
+        ("context_length", "77", "max_model_len"),
+        ("mem_fraction_static", "0.5", "gpu_memory_utilization"),
+        ("tp_size", "2", "tensor_parallel_size"),
+        ("max_running_requests", "9", "max_num_seqs"),
+        ("max_queued_requests", "9", "max_num_queued_reqs"),
+    ],
+)
+def test_the_other_servers_names_mean_ours(alias, value, field, tmp_path):
+    by_flag = load_settings({alias: value})
+    by_yaml = load_settings({"config": yaml_file(tmp_path, f"{alias.replace('_', '-')}: {value}")})
+
+    assert getattr(by_flag, field) == getattr(by_yaml, field) == getattr(load_settings({field: value}), field)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("max_num_seq: 4", "unknown key 'max_num_seq'; did you mean max_num_seqs"),
+        ("config: other.yaml", "unknown key 'config'"),
+        ("max-num-seqs: 4\nmax_running_requests: 5", "sets max_num_seqs twice"),
+        ("- 4", "must hold a mapping of settings, found list"),
+        ("a: [", "cannot read"),
+        ("port: many", "--port: input should be a valid integer"),
+    ],
+)
+def test_a_wrong_yaml_file_is_refused_in_one_line(text, complaint, tmp_path):
+    with pytest.raises(ConfigError, match=complaint.replace("(", r"\(")) as caught:
+        load_settings({"config": str(yaml_file(tmp_path, text))})
+
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_yaml_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml"):
+        load_settings({"config": str(tmp_path / "nowhere.yaml")})
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("port", "65536"),
+        ("port", "-1"),
+        ("max_num_seqs", "0"),
+        ("dtype", "float64"),
+        ("gpu_memory_utilization", "1.5"),
+        ("shutdown_timeout", "nan"),
+        ("kv_cache_memory_bytes", "lots"),
+        ("max_body_bytes", "0"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_with_flag_and_value(flag, value):
+    with pytest.raises(ConfigError) as caught:
+        load_settings({flag: value})
+
+    assert str(caught.value).startswith(f"--{flag.replace('_', '-')}: ")
+    assert value in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_limit_can_be_set_and_arrives_in_the_limits():
+    names = {"max_queued_sequences": "max_num_queued_reqs"}
+    flags = {names.get(field.name, field.name): 1 for field in fields(Limits)}
+
+    limits = load_settings(flags).limits
+
+    assert limits == Limits(**{field.name: 1 for field in fields(Limits)})
+    assert load_settings({}).limits == Limits()
+
+
+def test_the_model_is_called_as_its_directory_unless_named(model_dir):
+    (model_dir / "ckpt-0").mkdir()
+
+    assert load_settings({"model": model_dir}).model_name == "my-model"
+    assert load_settings({"model": f"{model_dir}/"}).model_name == "my-model"
+    assert load_settings({"model": model_dir / "ckpt-0"}).model_name == "my-model"
+    assert load_settings({"model": model_dir, "served_model_name": "grok"}).model_name == "grok"
+
+
+def test_a_model_that_is_no_directory_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="missing is not a directory"):
+        engine_options(load_settings({"model": tmp_path / "missing"}))
+
+
+def test_the_engine_gets_what_was_asked_for_and_the_models_context(model_dir):
+    options = engine_options(load_settings({"model": model_dir, "kv_cache_memory_bytes": "2MiB", "tp": "2"}))
+
+    assert options.model == TINY_MODEL
+    assert options.scheduler.max_model_len == TINY_MODEL.sequence_len
+    assert (options.dtype, options.cache_bytes, options.mesh.tensor) == ("auto", 2 << 20, 2)
+    assert Path(str(options.compile_cache_dir)).is_dir()
+
+
+def test_a_context_beyond_the_models_is_refused_with_both_numbers(model_dir):
+    with pytest.raises(ConfigError, match=r"--max-model-len: the model was made for 256 tokens, found 257"):
+        engine_options(load_settings({"model": model_dir, "max_model_len": "257"}))
+
+
+def test_an_explicit_compile_cache_that_cannot_be_made_is_refused(model_dir):
+    with pytest.raises(ConfigError, match="--compile-cache-dir"):
+        engine_options(load_settings({"model": model_dir, "compile_cache_dir": model_dir / "config.json" / "below"}))
+
+
+@pytest.mark.parametrize(("backend", "dtype"), [("cpu", "float32"), ("gpu", "bfloat16")])
+def test_dtype_auto_follows_the_device_and_an_explicit_one_stays(model_dir, backend, dtype):
+    auto = engine_options(load_settings({"model": model_dir}))
+    explicit = engine_options(load_settings({"model": model_dir, "dtype": "float32"}))
+
+    assert auto.resolve(backend=backend, free_bytes=1 << 24).dtype == dtype
+    assert explicit.resolve(backend=backend, free_bytes=1 << 24).dtype == "float32"
+
+
+def test_a_cache_that_holds_no_whole_sequence_is_refused(model_dir):
+    options = engine_options(load_settings({"model": model_dir, "kv_cache_memory_bytes": "1kB"}))
+
+    with pytest.raises(ConfigError, match="raise --kv-cache-memory-bytes"):
+        options.resolve(backend="cpu", free_bytes=1 << 24)
+
+
+def test_the_default_model_is_found_beside_the_code():
+    if not (Path(__file__).parents[2] / "models" / "grok-1-tiny").is_dir():
+        pytest.skip("this checkout has no models/grok-1-tiny")
+
+    assert default_model_dir().name == "grok-1-tiny"
+
+
+def test_settings_and_supervision_import_neither_jax_nor_fastapi():
+    code = "import sys, server.cli, server.lifecycle, engine.__main__; print({'jax', 'fastapi'} & set(sys.modules))"
+
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "set()"
