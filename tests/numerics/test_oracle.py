@@ -17,6 +17,7 @@ from engine.checkpoint.checkpoint import open_checkpoint
 from engine.checkpoint.load import load_params
 from engine.config import DType, read_model_config
 from engine.model.quantized import QuantizedArray, dequantize
+from engine.runner import step_layouts
 from engine.sharding import make_mesh
 from engine.types import FinishReason, GenerationRequest, SamplingParams
 
@@ -40,7 +41,7 @@ def harness(dtype: DType, *, keep_int8: bool = False) -> ForwardHarness:
         keep_int8=keep_int8,
         report=no_report,
     )
-    return ForwardHarness(config, params)
+    return ForwardHarness(config, params, layouts=step_layouts(config)[-1:])
 
 
 def prompt(i: int) -> list[int]:

@@ -109,15 +109,16 @@ def no_report(_: Progress) -> None:
 class ForwardHarness:
     """Runs chosen chunks of several sequences through the real batch, cache and forward pass.
 
-    `run` takes (prompt, chunk lengths) pairs; chunk i of every prompt is computed in step i, all in one batch in the order given.
+    `run` takes (prompt, chunk lengths) pairs; chunk i of every prompt is computed in step i, all in one batch in the order given. A bucket is compiled
+    at its first use; `layouts` limits them.
     """
 
-    def __init__(self, config: EngineConfig, params: Params):
+    def __init__(self, config: EngineConfig, params: Params, *, layouts: tuple[StepLayout, ...] | None = None):
         self.config = config
         self.params = params
         self.mesh = make_mesh(config.mesh, config.model)
         self.batcher = Batcher(
-            step_layouts(config),
+            layouts or step_layouts(config),
             block_size=config.cache.block_size,
             num_blocks=config.cache.num_blocks,
             vocab_size=config.model.vocab_size,

@@ -1,0 +1,132 @@
+"""Eight fake devices, tensor and expert parallel, give what the float64 reference gives; widths that do not divide are refused."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from forward_harness import Answer, engine_config, finish, no_report, small_model
+from numpy_grok import numpy_logits
+
+from engine.build import build_engine
+from engine.checkpoint.checkpoint import open_checkpoint
+from engine.checkpoint.load import load_params
+from engine.checkpoint.save import random_tensors, save_checkpoint
+from engine.config import EngineConfig, MeshConfig
+from engine.core import EngineCore
+from engine.errors import ConfigError
+from engine.model.params import Params
+from engine.runner import ModelRunner
+from engine.sharding import make_mesh
+from engine.types import EngineInfo, GenerationRequest, SamplingParams, TokenLogprob
+
+pytestmark = pytest.mark.timeout(400)  # sharded programs compile slowly
+
+TOLERANCE = 1e-4
+MODEL = small_model(
+    vocab_size=131,
+    emb_size=24,
+    key_size=6,
+    num_q_heads=16,
+    num_kv_heads=8,
+    num_layers=1,
+    num_experts=4,
+    ffn_size=48,
+    row_parallel_scale_groups=4,
+)
+PROMPTS = [np.random.default_rng(5).integers(0, 131, length).tolist() for length in (37, 5)]
+REQUESTS = [
+    GenerationRequest(
+        request_id=str(i),
+        prompt_token_ids=tuple(prompt),
+        sampling=SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=131, prompt_logprobs=131),
+    )
+    for i, prompt in enumerate(PROMPTS)
+]
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("eight-heads")
+    save_checkpoint(directory, MODEL, make_tensor=random_tensors(MODEL, seed=6))
+    return directory
+
+
+def config_on(mesh: MeshConfig, model_dir: Path) -> EngineConfig:
+    return replace(engine_config(MODEL, mesh=mesh, model_dir=str(model_dir), max_num_batched_tokens=16), max_logprobs=131)
+
+
+def load(mesh: MeshConfig, model_dir: Path, *, keep_int8: bool = False) -> Params:
+    checkpoint = open_checkpoint(model_dir, MODEL)
+    return load_params(checkpoint, MODEL, dtype="float32", mesh=make_mesh(mesh, MODEL), keep_int8=keep_int8, report=no_report)
+
+
+def assert_answers_are_right(found: dict[str, Answer], model_dir: Path) -> None:
+    """Greedy tokens, and at every position the log-probabilities of the whole vocabulary."""
+    params = load(MeshConfig(), model_dir)
+    for request in REQUESTS:
+        answer, prompt = found[request.request_id], list(request.prompt_token_ids)
+        logits = numpy_logits(params, prompt + answer.token_ids[:-1], MODEL)
+        expected = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+        entries = answer.prompt_logprobs + answer.logprobs
+        np.testing.assert_allclose([by_id(entry) for entry in entries], expected, rtol=0, atol=TOLERANCE)
+        assert answer.token_ids == expected[len(prompt) - 1 :].argmax(axis=-1).tolist()
+
+
+def by_id(entry: TokenLogprob) -> list[float]:
+    return [logprob for _, logprob in sorted(entry.top)]
+
+
+def test_an_engine_on_eight_devices_answers_as_the_reference_does(model_dir: Path):
+    core = build_engine(config_on(MeshConfig(tensor=8), model_dir), report=no_report)
+
+    assert core.info.num_devices == 8
+    assert_answers_are_right(finish(core, REQUESTS), model_dir)
+
+
+def test_int8_weights_split_over_experts_and_widths_answer_as_the_reference_does(model_dir: Path):
+    """Two devices along the widths share four scale groups, and each has two of the four experts' matrices."""
+    mesh = MeshConfig(tensor=2, expert=2)
+    config = config_on(mesh, model_dir)
+    runner = ModelRunner(config, load(mesh, model_dir, keep_int8=True), make_mesh(mesh, MODEL))
+    runner.compile(no_report)
+
+    core = EngineCore(config, runner, EngineInfo(**dict.fromkeys(EngineInfo.__dataclass_fields__, 0)))
+
+    assert_answers_are_right(finish(core, REQUESTS), model_dir)
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(tensor=4, expert=2), MeshConfig(tensor=8)], ids=["groups split", "groups do not split"])
+def test_each_device_holds_only_its_share_of_the_matrices(model_dir: Path, mesh: MeshConfig):
+    layer = load(mesh, model_dir, keep_int8=True).layers[0]
+
+    def share(name: str, part: str) -> tuple[int, ...]:
+        return getattr(getattr(layer, name), part).addressable_shards[0].data.shape
+
+    tensor, experts = mesh.tensor, MODEL.num_experts // mesh.expert
+    assert share("query", "weight") == (24, 96 // tensor)
+    assert share("query", "scales") == (1, 96 // tensor)
+    assert share("key", "weight") == (24, 48 // tensor)
+    assert share("attention_out", "weight") == (96 // tensor, 24)
+    assert share("attention_out", "scales") == (1 if tensor == 4 else 4, 24)
+    assert share("experts_gate", "weight") == (experts, 24, 48 // tensor)
+    assert share("experts_down", "weight") == (experts, 48 // tensor, 24)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [
+        (MeshConfig(tensor=3), "tensor parallel size 3 does not divide num_kv_heads 8"),
+        (MeshConfig(expert=3), "expert parallel size 3 does not divide num_experts 4"),
+        (MeshConfig(tensor=16), "wants 16 devices, 8 are here"),
+    ],
+    ids=["tensor", "expert", "devices"],
+)
+def test_a_mesh_that_does_not_fit_is_refused_with_its_numbers(mesh: MeshConfig, message: str):
+    with pytest.raises(ConfigError, match=message):
+        make_mesh(mesh, MODEL)
+
+
+def test_an_expert_width_that_does_not_divide_is_refused():
+    with pytest.raises(ConfigError, match="tensor parallel size 8 does not divide ffn_size 44"):
+        make_mesh(MeshConfig(tensor=8), replace(MODEL, ffn_size=44))
