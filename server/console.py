@@ -5,11 +5,12 @@ On a terminal: progress bars and a table; elsewhere plain lines, few enough for 
 """
 
 import json
+import os
 import shlex
 import time
 
 import structlog
-from rich.console import Console as Terminal
+from rich.console import Console as RichConsole
 from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
@@ -19,6 +20,14 @@ from engine.types import EngineInfo, Progress
 SECONDS_BETWEEN_LINES = 2.0
 
 log = structlog.get_logger(__name__)
+
+
+class Terminal(RichConsole):
+    """stdout that may go away: whoever started the server can stop reading, and the server serves on."""
+
+    def on_broken_pipe(self) -> None:
+        """From now on write to nowhere. The descriptor is replaced, so that the interpreter's last flush fails neither."""
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
 
 class Console:
@@ -88,7 +97,6 @@ class Console:
     def _line(self, text: str) -> None:
         """One line that no terminal width breaks, so that it can be copied."""
         self._terminal.print(text, markup=False, soft_wrap=True)
-        self._terminal.file.flush()
 
 
 def curl(url: str, model_name: str, *, has_tokenizer: bool) -> str:

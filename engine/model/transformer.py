@@ -5,6 +5,7 @@ logits are float32. Four norms a layer: the second and the fourth act on the bra
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -45,6 +46,7 @@ def forward(params: Params, cache: KVCache, step: StepInput, config: ModelConfig
     return x, tuple(layers)
 
 
+@partial(jax.jit, static_argnames="config")  # traced once for all layers and kinds of step; XLA inlines it
 def decoder_layer(
     params: LayerParams, cache: LayerCache, x: Float[Array, "t d"], step: StepInput, config: ModelConfig
 ) -> tuple[Float[Array, "t d"], LayerCache]:
