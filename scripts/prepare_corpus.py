@@ -1,4 +1,4 @@
-"""Corpus of JSON lines -> a 4k SentencePiece model and token arrays for `train_tiny.py`.
+"""Corpus of JSON lines -> a SentencePiece model of 3,840 pieces and token arrays for `train_tiny.py`.
 
 Reads every `*.jsonl.gz` in the corpus folder: rows with `text` are stories or books, rows with `messages` are dialogues, written as
 `Human: ...<|separator|>\\n\\nAssistant: ...<|separator|>\\n\\n`. Whole documents (whole books) go to the held-out part by a hash of
@@ -22,7 +22,7 @@ import numpy as np
 import sentencepiece
 
 BOS, EOS = 1, 2
-VOCAB_SIZE = 4096
+VOCAB_SIZE = 3840
 SPECIAL_PIECES = [
     *("\n" * n for n in range(1, 11)),
     *"0123456789",

@@ -2,6 +2,7 @@
 
     python scripts/prepare_corpus.py --corpus DIR --out WORK_DIR
     python scripts/train_tiny.py --work WORK_DIR --minutes 120
+    python scripts/write_checkpoint.py --config configs/models/grok-1-tiny.json --from-npz WORK_DIR/params.npz --out models/grok-1-tiny
 
 The parameters carry the released names and are written as `[in, out]`, so that exporting is quantising. Routing is dropless: tokens
 are sorted by expert, and each expert multiplies its own rows. A load-balancing loss (Switch Transformer, arXiv:2101.03961, eq. 4)
@@ -21,29 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CONFIG = {
-    "vocab_size": 4096,
-    "sequence_len": 2048,
-    "embedding_multiplier_scale": 16.0,
-    "output_multiplier_scale": 0.5773502691896257,
-    "pad_token": 0,
-    "eos_token": 2,
-    "rms_norm_eps": 1e-05,
-    "rope_base": 10000.0,
-    "attn_logit_cap": 30.0,
-    "model": {
-        "emb_size": 256,
-        "widening_factor": 1.5,
-        "key_size": 32,
-        "num_q_heads": 16,
-        "num_kv_heads": 8,
-        "num_layers": 6,
-        "attn_output_multiplier": 32**-0.5,
-        "num_experts": 8,
-        "num_selected_experts": 2,
-    },
-    "derived": {"ffn_size": 256, "row_parallel_scale_groups": 1},
-}
+CONFIG = json.loads((Path(__file__).parents[1] / "configs/models/grok-1-tiny.json").read_text())
 MODEL = CONFIG["model"]
 D, H, K, C = MODEL["emb_size"], MODEL["num_q_heads"], MODEL["num_kv_heads"], MODEL["key_size"]
 E, TOP_K, LAYERS, FFN = MODEL["num_experts"], MODEL["num_selected_experts"], MODEL["num_layers"], CONFIG["derived"]["ffn_size"]
@@ -327,6 +306,7 @@ def train(work: Path, minutes: float) -> None:
             log.write(json.dumps(row) + "\n")
             log.flush()
     save(state_path, optimizer, 60 * minutes)
+    np.savez(work / "params.npz", **{name: value.detach().numpy() for name, value in params.items()})
     row = {
         "step": optimizer.step_count,
         "minutes": minutes,
