@@ -1,10 +1,11 @@
 """Batch: a schedule laid out in one packed int32 array, and how the device reads it back.
 
-This is the last file that knows only NumPy. Every array of the step travels in one buffer, because each separate argument of a compiled call
-costs time; floats travel as their bits. `pack` and `unpack` use the same `StepLayout`, which also names the compiled shape (the bucket).
+This is the last file that knows only NumPy. Every array of the step travels in one buffer, because each separate argument of a compiled
+call costs time; floats travel as their bits. Both sides read the buffer with `StepLayout.unpack`; the layout also names the compiled shape
+(the bucket).
 
-Rows are sequences, in the order of the batch: first those whose next token is chosen in this step. Query tiles are runs of up to `TILE` tokens of
-one sequence: attention works on one tile at a time.
+Rows are sequences, in the order of the batch: first those whose next token is chosen in this step. Query tiles are runs of up to `TILE`
+tokens of one sequence: attention works on one tile at a time.
 
     tokens of A: 1, of B: 11      token      0 | 1 2 3 4 5 6 7 8 | 9 10 11
                                   tile       0 | 1               | 2
@@ -14,6 +15,8 @@ one sequence: attention works on one tile at a time.
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cache
+from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -79,29 +82,35 @@ class StepLayout:
         """Every sequence may leave its last tile unfilled."""
         return self.num_tokens // TILE + self.num_seqs
 
-    def shapes(self) -> StepInput:
-        """The shape of every field."""
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The shape of every field of `StepInput`, in order."""
         t, s, q = (self.num_tokens,), (self.num_seqs,), (self.num_tiles,)
         by_token = dict.fromkeys(("token_ids", "positions", "cache_slots", "token_rows", "is_output", "tile_places", "targets"), t)
         by_tile = dict.fromkeys(("tile_rows", "tile_starts", "tile_ends"), q)
         special = {"counts": (3,), "block_tables": (self.num_seqs, self.blocks_per_seq), "seeds": (self.num_seqs, 2)}
         shapes: dict[str, tuple[int, ...]] = {**by_token, **by_tile, **special}
-        return StepInput(**{name: shapes.get(name, s) for name in StepInput._fields})
+        return tuple(shapes.get(name, s) for name in StepInput._fields)
 
     @property
     def packed_len(self) -> int:
-        return sum(int(np.prod(shape)) for shape in self.shapes())
+        _, end, _ = _places(self)[-1]
+        return end
 
     def unpack(self, packed: Any, as_float: Callable[[Any], Any]) -> StepInput:
         """Views into `packed` int32 [packed_len], a NumPy or a device array; `as_float` reads int32 bits as float32."""
-        fields: list[Any] = []
-        start = 0
-        for index, shape in enumerate(self.shapes()):
-            end = start + int(np.prod(shape))
-            field = packed[start:end].reshape(shape)
-            fields.append(as_float(field) if index >= FIRST_FLOAT else field)
-            start = end
-        return StepInput(*fields)
+        fields = [packed[start:end].reshape(shape) for start, end, shape in _places(self)]
+        return StepInput(*fields[:FIRST_FLOAT], *(as_float(field) for field in fields[FIRST_FLOAT:]))
+
+
+@cache
+def _places(layout: StepLayout) -> tuple[tuple[int, int, tuple[int, ...]], ...]:
+    """Start, end and shape of every field in the packed array; asked for in every step, so computed once per bucket."""
+    places: list[tuple[int, int, tuple[int, ...]]] = []
+    start = 0
+    for shape in layout.shapes():
+        places.append((start, start + prod(shape), shape))
+        start += prod(shape)
+    return tuple(places)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,10 +140,11 @@ def is_plain_greedy(sequence: Sequence) -> bool:
 
 
 def wants_scores(item: ScheduledTokens) -> bool:
-    """True if log-probabilities of prompt tokens are still to be sent and this step computes some."""
+    """True if this step computes log-probabilities of prompt tokens that are still to be sent."""
     sequence = item.sequence
-    is_asked = sequence.request.sampling.prompt_logprobs is not None
-    return is_asked and sequence.num_scored_tokens < sequence.num_prompt_tokens - 1
+    if sequence.request.sampling.prompt_logprobs is None:
+        return False
+    return sequence.num_scored_tokens < min(sequence.num_computed_tokens + item.num_tokens, sequence.num_prompt_tokens - 1)
 
 
 def chooses_token(item: ScheduledTokens) -> bool:
@@ -161,87 +171,98 @@ class Batcher:
 
     def build(self, schedule: Schedule) -> Batch:
         """Lay out a schedule that has at least one item. Raises `RuntimeError` if an index would leave its array (JAX would not)."""
-        items = tuple(sorted(schedule.items, key=lambda item: not chooses_token(item)))
+        chosen: list[ScheduledTokens] = []
+        others: list[ScheduledTokens] = []
+        for item in schedule.items:
+            (chosen if chooses_token(item) else others).append(item)
+        items = (*chosen, *others)
         num_tokens = sum(item.num_tokens for item in items)
         layout = next(each for each in self.layouts if each.num_tokens >= num_tokens and each.num_seqs >= len(items))
         packed = np.zeros(layout.packed_len, np.int32)
         step = layout.unpack(packed, lambda bits: bits.view(np.float32))
 
-        token_starts: list[int] = []
-        start = tile = 0
-        for row, item in enumerate(items):
-            token_starts.append(start)
-            tile = self._fill_tokens(step, item, row=row, start=start, tile=tile)
-            self._fill_row(step, item, row=row, sample_at=start + item.num_tokens - 1)
-            start += item.num_tokens
-        num_sampled = sum(chooses_token(item) for item in items)
-        step.counts[:] = num_tokens, num_sampled, tile
+        self._fill_rows(step, items)
+        num_tiles, token_starts = self._fill_tokens(step, items)
+        step.counts[:] = num_tokens, len(chosen), num_tiles
         self._check_ranges(step)
         return Batch(
-            layout=layout,
-            kind=step_kind(items),
-            packed=packed,
-            items=items,
-            num_sampled=num_sampled,
-            token_starts=tuple(token_starts),
+            layout=layout, kind=step_kind(items), packed=packed, items=items, num_sampled=len(chosen), token_starts=tuple(token_starts)
         )
 
-    def _fill_tokens(self, step: StepInput, item: ScheduledTokens, *, row: int, start: int, tile: int) -> int:
-        """Write one sequence's tokens and query tiles; returns the next free tile."""
-        sequence, first = item.sequence, item.sequence.num_computed_tokens
-        end, last = start + item.num_tokens, first + item.num_tokens
-        step.token_ids[start:end] = sequence.token_ids[first:last]
-        step.token_rows[start:end] = row
-        table = step.block_tables[row]
-        table[: len(sequence.block_ids)] = sequence.block_ids
-        if item.num_tokens == 1:  # most rows of most steps
-            step.positions[start] = first
-            step.cache_slots[start] = table[first // self.block_size] * self.block_size + first % self.block_size
-            step.is_output[start] = first >= sequence.num_prompt_tokens
-            step.tile_places[start] = tile * TILE
-            if first + 1 < sequence.num_tokens:
-                step.targets[start] = sequence.token_ids[first + 1]
-        else:
-            positions = np.arange(first, last, dtype=np.int32)
-            step.positions[start:end] = positions
-            step.cache_slots[start:end] = table[positions // self.block_size] * self.block_size + positions % self.block_size
-            step.is_output[start:end] = positions >= sequence.num_prompt_tokens
-            step.tile_places[start:end] = tile * TILE + np.arange(item.num_tokens)
-            following = sequence.token_ids[first + 1 : last + 1]
-            step.targets[start : start + len(following)] = following
-        for offset in range(0, item.num_tokens, TILE):
-            step.tile_rows[tile] = row
-            step.tile_starts[tile] = start + offset
-            step.tile_ends[tile] = min(first + offset + TILE, last)
-            tile += 1
-        return tile
+    def _fill_tokens(self, step: StepInput, items: tuple[ScheduledTokens, ...]) -> tuple[int, list[int]]:
+        """Write all rows' tokens and query tiles, one row after the other; returns the number of tiles and the first token of each row."""
+        lens = np.array([item.num_tokens for item in items])
+        firsts = np.array([item.sequence.num_computed_tokens for item in items])
+        starts = np.cumsum(lens) - lens
+        num_tiles = -(-lens // TILE)
+        first_tiles = np.cumsum(num_tiles) - num_tiles
 
-    def _fill_row(self, step: StepInput, item: ScheduledTokens, *, row: int, sample_at: int) -> None:
-        sequence, sampling = item.sequence, item.sequence.request.sampling
-        step.sample_at[row] = sample_at
-        step.slots[row] = sequence.slot
-        step.sample_positions[row] = sequence.num_tokens
-        step.choices[row] = sequence.request.choice
-        high, low = divmod(sampling.seed & 0xFFFF_FFFF_FFFF_FFFF, 1 << 32)
-        step.seeds[row] = np.array([high, low], np.uint32).view(np.int32)
-        step.top_k[row] = min(sampling.top_k, self.vocab_size)
-        step.mask_end[row] = sequence.num_output_tokens < sampling.min_tokens
-        step.temperature[row] = sampling.temperature
-        step.top_p[row] = sampling.top_p
-        step.min_p[row] = sampling.min_p
-        step.presence_penalty[row] = sampling.presence_penalty
-        step.frequency_penalty[row] = sampling.frequency_penalty
-        step.repetition_penalty[row] = sampling.repetition_penalty
+        rows = np.repeat(np.arange(len(items)), lens)
+        count = len(rows)
+        places = np.arange(count) - starts[rows]  # inside the row's share of the step
+        positions = firsts[rows] + places
+        step.token_ids[:count] = _tokens_of(items, ahead=0)
+        step.targets[:count] = _tokens_of(items, ahead=1)
+        step.positions[:count] = positions
+        step.cache_slots[:count] = step.block_tables[rows, positions // self.block_size] * self.block_size + positions % self.block_size
+        step.token_rows[:count] = rows
+        step.is_output[:count] = positions >= np.array([item.sequence.num_prompt_tokens for item in items])[rows]
+        step.tile_places[:count] = first_tiles[rows] * TILE + places
+
+        rows = np.repeat(np.arange(len(items)), num_tiles)
+        count = len(rows)
+        offsets = (np.arange(count) - first_tiles[rows]) * TILE
+        step.tile_rows[:count] = rows
+        step.tile_starts[:count] = starts[rows] + offsets
+        step.tile_ends[:count] = firsts[rows] + np.minimum(offsets + TILE, lens[rows])
+        step.sample_at[: len(items)] = starts + lens - 1
+        return count, starts.tolist()
+
+    def _fill_rows(self, step: StepInput, items: tuple[ScheduledTokens, ...]) -> None:
+        """Write what is one number per sequence, a field at a time: NumPy takes a list much faster than its elements."""
+        sequences = [item.sequence for item in items]
+        samplings = [sequence.request.sampling for sequence in sequences]
+        count = len(items)
+        for table, sequence in zip(step.block_tables, sequences, strict=False):
+            table[: len(sequence.block_ids)] = sequence.block_ids
+        step.slots[:count] = [sequence.slot for sequence in sequences]
+        step.sample_positions[:count] = [sequence.num_tokens for sequence in sequences]
+        step.choices[:count] = [sequence.request.choice for sequence in sequences]
+        seeds = np.array([sampling.seed & 0xFFFF_FFFF_FFFF_FFFF for sampling in samplings], np.uint64)
+        words = np.stack((seeds >> np.uint64(32), seeds & np.uint64(0xFFFF_FFFF)), axis=1)
+        step.seeds[:count] = words.astype(np.uint32).view(np.int32)
+        step.top_k[:count] = [min(sampling.top_k, self.vocab_size) for sampling in samplings]
+        step.mask_end[:count] = [sequence.num_output_tokens < sequence.request.sampling.min_tokens for sequence in sequences]
+        step.temperature[:count] = [sampling.temperature for sampling in samplings]
+        step.top_p[:count] = [sampling.top_p for sampling in samplings]
+        step.min_p[:count] = [sampling.min_p for sampling in samplings]
+        step.presence_penalty[:count] = [sampling.presence_penalty for sampling in samplings]
+        step.frequency_penalty[:count] = [sampling.frequency_penalty for sampling in samplings]
+        step.repetition_penalty[:count] = [sampling.repetition_penalty for sampling in samplings]
 
     def _check_ranges(self, step: StepInput) -> None:
-        limits = {
-            "token_ids": self.vocab_size,
-            "targets": self.vocab_size,
-            "block_tables": self.num_blocks + 1,
-            "cache_slots": (self.num_blocks + 1) * self.block_size,
-            "slots": self.num_slots,
-        }
-        for name, limit in limits.items():
-            values = getattr(step, name)
-            if values.min() < 0 or values.max() >= limit:
-                raise RuntimeError(f"step input {name} holds {values.min()} to {values.max()}, must be 0 to {limit - 1}")
+        """The indices among the fields; padding is zero and so in range."""
+        num_tokens, _, _ = step.counts
+        num_places = (self.num_blocks + 1) * self.block_size
+        _check_range("token_ids", step.token_ids, end=self.vocab_size)
+        _check_range("targets", step.targets, end=self.vocab_size)
+        _check_range("block_tables", step.block_tables, end=self.num_blocks + 1)
+        # A token whose block was never taken would land in the scratch block.
+        _check_range("cache_slots", step.cache_slots[:num_tokens], first=self.block_size, end=num_places)
+        _check_range("slots", step.slots, end=self.num_slots)
+
+
+def _tokens_of(items: tuple[ScheduledTokens, ...], *, ahead: int) -> list[int]:
+    """The token `ahead` of each scheduled one; 0 where that is still to be chosen."""
+    tokens: list[int] = []
+    for item in items:
+        first = item.sequence.num_computed_tokens + ahead
+        tokens += item.sequence.token_ids[first : first + item.num_tokens]
+        if item.reaches_end:
+            tokens += (0,) * ahead
+    return tokens
+
+
+def _check_range(name: str, values: NDArray[np.int32], *, end: int, first: int = 0) -> None:
+    if values.min() < first or values.max() >= end:
+        raise RuntimeError(f"step input {name} holds {values.min()} to {values.max()}, must be {first} to {end - 1}")

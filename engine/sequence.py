@@ -4,6 +4,8 @@ There is no prefill phase and no decode phase: `num_computed_tokens` catches up 
 is the next token. Owned by `EngineCore` and its one thread.
 """
 
+from array import array
+from collections.abc import MutableSequence
 from dataclasses import dataclass, field
 
 from engine.types import GenerationRequest
@@ -17,7 +19,7 @@ class Sequence:
     arrival: int  # order of arrival; the smaller, the older
     token_ids: list[int]  # prompt, then output
     num_computed_tokens: int = 0  # leading tokens whose keys and values are in the cache
-    block_ids: list[int] = field(default_factory=list)  # grows at the end only, until all are given back
+    block_ids: MutableSequence[int] = field(default_factory=lambda: array("i"))  # grows at the end only, until all are given back
     slot: int | None = None  # row of the device's per-sequence sampling state, while running
     num_scored_tokens: int = 0  # prompt log-probabilities already sent
     num_preemptions: int = 0

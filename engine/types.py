@@ -34,7 +34,7 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logit_bias: Mapping[int, float] = field(default_factory=dict[int, float])
     logprobs: int | None = None  # top entries per generated token; 0 gives the chosen token's alone
     prompt_logprobs: int | None = None  # the same for every prompt token but the first
 
