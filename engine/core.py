@@ -1,14 +1,13 @@
 """EngineCore: the step loop and the owner of all mutable state of the engine.
 
-Runs in the engine process, on one thread. A step: schedule, run, emit. It deals in token ids only and gets its runner handed in, so this file
-and everything under it start without jax.
+Runs in the engine process, on one thread. A step: schedule, run, emit. It deals in token ids only and gets its runner handed in, so this
+file and everything under it start without jax.
 """
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any, Protocol
-
-import numpy as np
 
 from engine.batch import Batch, Batcher, StepLayout
 from engine.block_pool import BlockPool
@@ -49,6 +48,7 @@ class EngineCore:
             num_slots=config.scheduler.max_num_seqs,
         )
         self._sequences: dict[str, Sequence] = {}
+        self._next_deadline_s = math.inf  # nobody's deadline is earlier
         self._num_arrivals = 0
         self._num_steps = 0
 
@@ -62,6 +62,8 @@ class EngineCore:
         sequence = Sequence(request=request, arrival=self._num_arrivals, token_ids=list(request.prompt_token_ids))
         self._num_arrivals += 1
         self._sequences[request.request_id] = sequence
+        if request.deadline_s is not None:
+            self._next_deadline_s = min(self._next_deadline_s, request.deadline_s)
         self.scheduler.add(sequence)
 
     def abort(self, request_id: str) -> None:
@@ -70,10 +72,12 @@ class EngineCore:
             self.scheduler.remove(sequence)
 
     def step(self) -> list[TokenDelta]:
-        """Advance every scheduled sequence; returns what became known."""
+        """Advance every scheduled sequence; returns what became known. Raises `RuntimeError` if work is pending and none can be done."""
         deltas = self._expire()
         schedule = self.scheduler.schedule()
         if not schedule.items:
+            if self.has_work:
+                raise RuntimeError(f"nothing can be computed: {self.stats()}")
             return deltas
         for sequence in schedule.admitted:
             self._reset_slot(sequence)
@@ -86,7 +90,7 @@ class EngineCore:
         """Gauges and totals as of now."""
         return EngineStats(
             num_running=len(self.scheduler.running),
-            num_waiting=len(self.scheduler.waiting),
+            num_waiting=self.scheduler.num_waiting,
             num_blocks_used=self.pool.num_held,
             num_blocks=self.pool.num_blocks,
             num_steps=self._num_steps,
@@ -100,8 +104,11 @@ class EngineCore:
             raise RequestError(f"request id {request.request_id} is already running")
         if not num_prompt:
             raise RequestError("the prompt has no tokens")
-        if not all(0 <= token < self.config.model.vocab_size for token in (min(request.prompt_token_ids), max(request.prompt_token_ids))):
-            raise RequestError(f"the prompt holds token ids outside the vocabulary of {self.config.model.vocab_size}")
+        vocab_size, sampling = self.config.model.vocab_size, request.sampling
+        fields = {"prompt": request.prompt_token_ids, "stop_token_ids": sampling.stop_token_ids, "logit_bias": sampling.logit_bias}
+        for name, ids in fields.items():
+            if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
+                raise RequestError(f"{name} holds token ids from {min(ids)} to {max(ids)}, the vocabulary has 0 to {vocab_size - 1}")
         limit = min(self.config.scheduler.max_model_len, self.pool.num_blocks * self.config.cache.block_size)
         if num_prompt + num_output > limit:
             raise RequestError(f"{num_prompt} prompt tokens and {num_output} output tokens exceed the limit of {limit}")
@@ -109,8 +116,13 @@ class EngineCore:
     def _expire(self) -> list[TokenDelta]:
         """End what is past its deadline."""
         now = self.clock()
+        if now < self._next_deadline_s:
+            return []
         expired = [sequence for sequence in self._sequences.values() if is_past_deadline(sequence, now)]
-        return [self._finish(sequence, FinishReason.DEADLINE) for sequence in expired]
+        deltas = [self._finish(sequence, FinishReason.DEADLINE) for sequence in expired]
+        deadlines = (sequence.request.deadline_s for sequence in self._sequences.values())
+        self._next_deadline_s = min((deadline for deadline in deadlines if deadline is not None), default=math.inf)
+        return deltas
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> TokenDelta:
         self.abort(sequence.request.request_id)
@@ -129,9 +141,10 @@ class EngineCore:
         sequence.num_computed_tokens += item.num_tokens
         token_ids: tuple[int, ...] = ()
         logprobs: tuple[TokenLogprob, ...] = ()
-        if row < batch.num_sampled:
-            if not output.is_finite[row]:
-                return self._finish(sequence, FinishReason.ERROR)
+        is_chosen = row < batch.num_sampled
+        if (is_chosen and not output.is_finite[row]) or not all(math.isfinite(score.logprob) for score in prompt_logprobs):
+            return self._finish(sequence, FinishReason.ERROR)
+        if is_chosen:
             token = int(output.token_ids[row])
             sequence.token_ids.append(token)
             token_ids = (token,)
@@ -170,5 +183,4 @@ class EngineCore:
 
 def _logprob(logprobs: Any, row: int, token_id: int, num_top: int) -> TokenLogprob:
     top = zip(logprobs.top_ids[row, :num_top].tolist(), logprobs.top[row, :num_top].tolist(), strict=True)
-    value = logprobs.chosen[row]
-    return TokenLogprob(token_id=token_id, logprob=float(value if np.isfinite(value) else -np.inf), top=tuple(top))
+    return TokenLogprob(token_id=token_id, logprob=float(logprobs.chosen[row]), top=tuple(top))

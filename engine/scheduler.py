@@ -4,9 +4,12 @@ A pure function of its state and of what it is told: no clock, no I/O, no random
 sequences first (those that need a single token before those that still read their prompt), then on waiting ones, oldest first. Blocks are
 taken as tokens need them; when the pool is empty the youngest running sequence is preempted: it gives back all its blocks and
 computes again later. The oldest is never preempted, so with work pending every step makes progress.
+
+Nobody overtakes in the queue, so every running sequence is older than every waiting one. That bounds preemption: a sequence that was
+preempted `MAX_PREEMPTIONS` times is admitted once the pool holds all that it and its elders may ever need, and who comes later goes first.
 """
 
-from collections import deque
+from collections import OrderedDict
 from dataclasses import dataclass
 
 from engine.block_pool import BlockPool
@@ -14,6 +17,7 @@ from engine.config import SchedulerConfig
 from engine.sequence import Sequence
 
 WATERMARK_SHARE = 0.01  # of the pool's blocks kept free when admitting, against thrashing
+MAX_PREEMPTIONS = 3  # of one sequence
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,24 +48,33 @@ class Scheduler:
         self.config = config
         self.pool = pool
         self.block_size = block_size
-        self.waiting: deque[Sequence] = deque()  # oldest first
+        self._waiting: OrderedDict[int, Sequence] = OrderedDict()  # by arrival, oldest first; anyone can leave at once
         self.running: list[Sequence] = []  # oldest first
         self.num_preemptions = 0
         self._free_slots = list(reversed(range(config.max_num_seqs)))
         self._watermark = int(pool.num_blocks * WATERMARK_SHARE)
 
     @property
+    def waiting(self) -> tuple[Sequence, ...]:
+        """Oldest first."""
+        return tuple(self._waiting.values())
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
     def has_work(self) -> bool:
-        return bool(self.waiting or self.running)
+        return bool(self._waiting or self.running)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence behind all others."""
-        self.waiting.append(sequence)
+        self._waiting[sequence.arrival] = sequence
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence that finished or was aborted; its blocks and its slot are free at once."""
         if sequence.slot is None:
-            self.waiting.remove(sequence)
+            del self._waiting[sequence.arrival]
         else:
             self.running.remove(sequence)
             self._release(sequence)
@@ -81,20 +94,27 @@ class Scheduler:
 
         admitted: list[Sequence] = []
         is_under_pressure = self.num_preemptions > preemptions_before
-        while self.waiting and budget and self._free_slots and not is_under_pressure:
-            sequence = self.waiting[0]
-            num_tokens = min(sequence.num_remaining_tokens, budget)
-            reserve = self._watermark if self.running else 0
-            if self._num_missing_blocks(sequence, num_tokens) > self.pool.num_free - reserve:
+        while self._waiting and budget and self._free_slots and not is_under_pressure:
+            sequence = next(iter(self._waiting.values()))
+            if not self._can_admit(sequence):
                 break
-            self.waiting.popleft()
+            del self._waiting[sequence.arrival]
             self.running.append(sequence)
             sequence.slot = self._free_slots.pop()
+            num_tokens = min(sequence.num_remaining_tokens, budget)
             self._take_blocks(sequence, num_tokens)
             items.append(ScheduledTokens(sequence=sequence, num_tokens=num_tokens))
             admitted.append(sequence)
             budget -= num_tokens
         return Schedule(items=tuple(items), admitted=tuple(admitted))
+
+    def _can_admit(self, sequence: Sequence) -> bool:
+        """Whether all its tokens so far would fit, not only this step's: it would be preempted halfway and compute them in vain."""
+        if not self.running:
+            return True
+        if sequence.num_preemptions < MAX_PREEMPTIONS:
+            return self._num_missing_blocks(sequence, sequence.num_tokens) <= self.pool.num_free - self._watermark
+        return sum(self._num_blocks(each.max_len) for each in (*self.running, sequence)) <= self.pool.num_blocks
 
     def _make_room(self, sequence: Sequence, num_tokens: int, items: list[ScheduledTokens]) -> bool:
         """Take the missing blocks, preempting the youngest while there are too few; False if that was `sequence` itself."""
@@ -113,18 +133,23 @@ class Scheduler:
         sequence.num_computed_tokens = 0
         sequence.num_preemptions += 1
         self.num_preemptions += 1
-        self.waiting.appendleft(sequence)
+        self._waiting[sequence.arrival] = sequence
+        self._waiting.move_to_end(sequence.arrival, last=False)
 
     def _release(self, sequence: Sequence) -> None:
         self.pool.give_back(sequence.block_ids)
-        sequence.block_ids.clear()
+        del sequence.block_ids[:]
         if sequence.slot is not None:
             self._free_slots.append(sequence.slot)
             sequence.slot = None
 
+    def _num_blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
     def _num_missing_blocks(self, sequence: Sequence, num_tokens: int) -> int:
-        num_needed = -(-(sequence.num_computed_tokens + num_tokens) // self.block_size)
-        return num_needed - len(sequence.block_ids)
+        """Blocks to take before the next `num_tokens` tokens have their places."""
+        return self._num_blocks(sequence.num_computed_tokens + num_tokens) - len(sequence.block_ids)
 
     def _take_blocks(self, sequence: Sequence, num_tokens: int) -> None:
-        sequence.block_ids += self.pool.take(self._num_missing_blocks(sequence, num_tokens))
+        if count := self._num_missing_blocks(sequence, num_tokens):
+            sequence.block_ids.extend(self.pool.take(count))
