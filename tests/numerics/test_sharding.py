@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from forward_harness import Answer, engine_config, finish, no_report, small_model
+from forward_harness import Answer, ForwardHarness, engine_config, finish, no_report, small_model
 from numpy_grok import numpy_logits
 
 from engine.build import build_engine
@@ -13,12 +13,10 @@ from engine.checkpoint.checkpoint import open_checkpoint
 from engine.checkpoint.load import load_params
 from engine.checkpoint.save import random_tensors, save_checkpoint
 from engine.config import EngineConfig, MeshConfig
-from engine.core import EngineCore
 from engine.errors import ConfigError
 from engine.model.params import Params
-from engine.runner import ModelRunner
 from engine.sharding import make_mesh
-from engine.types import EngineInfo, GenerationRequest, SamplingParams, TokenLogprob
+from engine.types import GenerationRequest, SamplingParams, TokenLogprob
 
 pytestmark = pytest.mark.timeout(400)  # sharded programs compile slowly
 
@@ -84,16 +82,16 @@ def test_an_engine_on_eight_devices_answers_as_the_reference_does(model_dir: Pat
     assert_answers_are_right(finish(core, REQUESTS), model_dir)
 
 
-def test_int8_weights_split_over_experts_and_widths_answer_as_the_reference_does(model_dir: Path):
+def test_int8_weights_split_over_experts_and_widths_give_the_logits_of_the_reference(model_dir: Path):
     """Two devices along the widths share four scale groups, and each has two of the four experts' matrices."""
     mesh = MeshConfig(tensor=2, expert=2)
-    config = config_on(mesh, model_dir)
-    runner = ModelRunner(config, load(mesh, model_dir, keep_int8=True), make_mesh(mesh, MODEL))
-    runner.compile(no_report)
+    harness = ForwardHarness(config_on(mesh, model_dir), load(mesh, model_dir, keep_int8=True))
 
-    core = EngineCore(config, runner, EngineInfo(**dict.fromkeys(EngineInfo.__dataclass_fields__, 0)))
+    found = harness.run([(PROMPTS[0], [11, 11, 11, 4]), (PROMPTS[1], [5])])
 
-    assert_answers_are_right(finish(core, REQUESTS), model_dir)
+    params = load(MeshConfig(), model_dir)
+    for prompt, logits in zip(PROMPTS, found, strict=True):
+        np.testing.assert_allclose(logits, numpy_logits(params, prompt, MODEL), rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("mesh", [MeshConfig(tensor=4, expert=2), MeshConfig(tensor=8)], ids=["groups split", "groups do not split"])

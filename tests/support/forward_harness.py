@@ -109,8 +109,8 @@ def no_report(_: Progress) -> None:
 class ForwardHarness:
     """Runs chosen chunks of several sequences through the real batch, cache and forward pass.
 
-    `run` takes (prompt, chunk lengths) pairs; chunk i of every prompt is computed in step i, all in one batch in the order given. A bucket is compiled
-    at its first use; `layouts` limits them.
+    `run` takes (prompt, chunk lengths) pairs; chunk i of every prompt is computed in step i, all in one batch in the order given. A
+    bucket is compiled at its first use; `layouts` limits them.
     """
 
     def __init__(self, config: EngineConfig, params: Params, *, layouts: tuple[StepLayout, ...] | None = None):
