@@ -42,10 +42,10 @@ SAMPLINGS = st.builds(
     top_p=st.sampled_from([1.0, 0.5]),
     top_k=st.integers(0, VOCAB_SIZE + 2),
     seed=st.integers(-(2**63), 2**63 - 1),
-    max_tokens=st.integers(0, 10),
+    max_tokens=st.sampled_from([0, 1, 6, 12, 20]),
     min_tokens=st.integers(0, 3),
     ignore_eos=st.booleans(),
-    stop_token_ids=st.lists(TOKENS, max_size=20).map(tuple),
+    stop_token_ids=st.lists(TOKENS, max_size=3).map(tuple),
     presence_penalty=st.sampled_from([0.0, 0.0, 0.5]),
     logit_bias=st.dictionaries(TOKENS, st.sampled_from([-1.5, 2.0]), max_size=2),
     logprobs=st.none() | st.integers(0, NUM_TOP),
@@ -58,9 +58,9 @@ class CoreMachine(RuleBasedStateMachine):
 
     @initialize(
         block_size=st.sampled_from([1, 2, 4]),
-        num_blocks=st.integers(4, 24),
-        max_num_seqs=st.integers(1, 6),
-        budget=st.integers(1, 24),
+        num_blocks=st.integers(5, 16),
+        max_num_seqs=st.sampled_from([6, 4, 2, 1]),
+        budget=st.sampled_from([24, 8, 5, 1]),
     )
     def make_core(self, block_size: int, num_blocks: int, max_num_seqs: int, budget: int) -> None:
         self.config = engine_config(
@@ -74,30 +74,37 @@ class CoreMachine(RuleBasedStateMachine):
         self.num_requests = 0
 
     @rule(
-        prompt=st.lists(TOKENS, min_size=1, max_size=30),
+        prompts=st.lists(st.lists(TOKENS, min_size=1, max_size=12), min_size=1, max_size=4),
         sampling=SAMPLINGS,
-        choice=st.integers(0, 3),
-        patience_s=st.none() | st.integers(0, 30),
+        patience_s=st.sampled_from([None, None, 0, 2, 6]),
     )
-    def submit(self, prompt: list[int], sampling: SamplingParams, choice: int, patience_s: int | None) -> None:
-        self.num_requests += 1
+    def submit(self, prompts: list[list[int]], sampling: SamplingParams, patience_s: int | None) -> None:
         deadline_s = None if patience_s is None else self.clock.now_s + patience_s
-        new = request(str(self.num_requests), *prompt, sampling=sampling, choice=choice, deadline_s=deadline_s)
-        if len(prompt) + sampling.max_tokens > self.limit:
-            with pytest.raises(RequestError, match="exceed the limit"):
-                self.core.submit(new)
-            return
+        for choice, prompt in enumerate(prompts):
+            prompt = prompt[: self.limit]
+            fitting = replace(sampling, max_tokens=min(sampling.max_tokens, self.limit - len(prompt)))
+            self.accept(request(self.next_id(), *prompt, sampling=fitting, choice=choice, deadline_s=deadline_s))
+
+    def next_id(self) -> str:
+        self.num_requests += 1
+        return str(self.num_requests)
+
+    def accept(self, new: GenerationRequest) -> None:
         self.core.submit(new)
         self.open[new.request_id] = new
 
-    @rule(prompt=st.lists(TOKENS, min_size=1, max_size=4), place=st.integers(0, 3))
+    @rule(num_prompt=st.integers(1, 60))
+    def submit_one_that_can_never_fit(self, num_prompt: int) -> None:
+        max_tokens = max(0, self.limit + 1 - num_prompt)
+
+        with pytest.raises(RequestError, match="exceed the limit"):
+            self.core.submit(request("x", *[5] * num_prompt, sampling=replace(GREEDY, max_tokens=max_tokens)))
+
+    @precondition(lambda self: self.num_requests % 5 == 4)
+    @rule(prompt=st.lists(TOKENS, max_size=2), place=st.integers(0, 2))
     def submit_one_that_fails(self, prompt: list[int], place: int) -> None:
         prompt.insert(place, POISON)
-        self.num_requests += 1
-        if len(prompt) + 2 <= self.limit:
-            new = request(str(self.num_requests), *prompt, sampling=replace(GREEDY, max_tokens=2, prompt_logprobs=1))
-            self.core.submit(new)
-            self.open[new.request_id] = new
+        self.accept(request(self.next_id(), *prompt, sampling=replace(GREEDY, max_tokens=2, prompt_logprobs=1)))
 
     @precondition(lambda self: self.open)
     @rule(data=st.data())
@@ -120,11 +127,11 @@ class CoreMachine(RuleBasedStateMachine):
         if str(number) not in self.open:
             self.core.abort(str(number))
 
-    @rule(seconds=st.integers(1, 10))
+    @rule(seconds=st.integers(1, 3))
     def wait(self, seconds: int) -> None:
         self.clock.now_s += seconds
 
-    @rule(count=st.integers(1, 6))
+    @rule(count=st.integers(1, 8))
     def take_steps(self, count: int) -> None:
         for _ in range(count):
             self.step()
@@ -175,7 +182,7 @@ class CoreMachine(RuleBasedStateMachine):
         assert (stats.num_running, stats.num_waiting, stats.num_blocks_used) == (0, 0, 0)
 
 
-CoreMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+CoreMachine.TestCase.settings = settings(max_examples=120, stateful_step_count=30, deadline=None)
 TestCore = CoreMachine.TestCase
 
 
