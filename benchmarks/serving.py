@@ -82,7 +82,7 @@ class BareStep:
     def __init__(self, model_dir: Path, *, num_tokens: int):
         options = engine_options(load_settings({"model": str(model_dir)}))
         self.config: EngineConfig = options.resolve(backend="cpu", free_bytes=256 << 20)
-        core = build_engine(self.config, report=lambda progress: None)
+        core = build_engine(self.config, report=lambda _: None)
         assert isinstance(core.runner, ModelRunner)
         self.runner = core.runner
         self.batches = [self._batch(core.batcher, NUM_PROMPT_TOKENS + step) for step in range(num_tokens)]

@@ -10,10 +10,12 @@ What a slow reader leaves behind in its mailbox is bounded by the length of its 
 """
 
 import asyncio
+import socket
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from typing import Protocol
 
+from engine.config import EngineOptions
 from engine.errors import EngineDiedError, RequestError
 from engine.messages import (
     Abort,
@@ -27,7 +29,7 @@ from engine.messages import (
     decode_from_engine,
     encode,
 )
-from engine.transport import Channel
+from engine.transport import Channel, open_channel
 from engine.types import EngineInfo, EngineStats, GenerationRequest, Progress, TokenDelta
 
 
@@ -70,13 +72,16 @@ class EngineClient(Protocol):
 class RemoteEngineClient:
     """An `EngineClient` over a channel to another process. Lives on one event loop and is called only there."""
 
-    def __init__(self, *, on_start_message: Callable[[Report | Ready | Failed], None] | None = None) -> None:
+    def __init__(
+        self, *, on_progress: Callable[[Progress], None] | None = None, on_ready: Callable[[EngineInfo], None] | None = None
+    ) -> None:
         self.info: EngineInfo | None = None
         self.progress: Progress | None = None
         self.stats = EngineStats()
         self.failure: str | None = None  # why the connected engine cannot start
         self.num_frames = 0  # received so far: a sign of life for whoever watches
-        self._on_start_message = on_start_message
+        self._on_progress = on_progress
+        self._on_ready = on_ready
         self._channel: Channel | None = None
         self._is_ready = False
         self._disconnected = asyncio.Event()
@@ -97,13 +102,17 @@ class RemoteEngineClient:
         """Generations that have begun and not ended."""
         return len(self._mailboxes)
 
-    def connect(self, channel: Channel, configure: Configure) -> None:
+    async def connect_socket(self, sock: socket.socket, options: EngineOptions) -> None:
+        """Own a socket whose other end a new engine process holds, and tell that what to build."""
+        self.connect(await open_channel(sock, self), options)
+
+    def connect(self, channel: Channel, options: EngineOptions) -> None:
         """Start talking to a new engine process. The one before must be disconnected."""
         assert self._channel is None, "still connected to another engine"
         self._channel = channel
         self.failure = None
         self._disconnected.clear()
-        channel.send(encode(configure))
+        channel.send(encode(Configure(options)))
 
     def disconnect(self) -> None:
         """Close the connection, which ends the engine process."""
@@ -146,18 +155,19 @@ class RemoteEngineClient:
             case Refused(request_id=request_id, message=message):
                 if mailbox := self._end(request_id):
                     mailbox.fail(RequestError(message))
-            case Report() as report:
-                self.progress = report.progress
-                self._tell(report)
-            case Ready() as ready:
-                self.info = ready.info
+            case Report(progress=progress):
+                self.progress = progress
+                if self._on_progress is not None:
+                    self._on_progress(progress)
+            case Ready(info=info):
+                self.info = info
                 self.progress = None
-                self.stats = EngineStats(num_blocks=ready.info.num_blocks)
+                self.stats = EngineStats(num_blocks=info.num_blocks)
                 self._is_ready = True
-                self._tell(ready)
-            case Failed() as failed:
-                self.failure = failed.message
-                self._tell(failed)
+                if self._on_ready is not None:
+                    self._on_ready(info)
+            case Failed(message=message):
+                self.failure = message
 
     def channel_closed(self) -> None:
         """Called by the channel when the engine process is gone."""
@@ -194,10 +204,6 @@ class RemoteEngineClient:
             self._end(request_id)
             if self._channel is not None:
                 self._channel.send(encode(Abort(request_id)))
-
-    def _tell(self, message: Report | Ready | Failed) -> None:
-        if self._on_start_message is not None:
-            self._on_start_message(message)
 
 
 class _Mailbox:

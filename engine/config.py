@@ -9,7 +9,7 @@ import json
 from dataclasses import dataclass, fields
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from engine.errors import ConfigError
 
@@ -95,11 +95,12 @@ class ModelConfig:
         if not isinstance(raw, dict):
             raise ConfigError("model config: the top level must be an object")
         flat: dict[str, Any] = {}
-        for key, value in raw.items():
+        top = cast("dict[str, Any]", raw)
+        for key, value in top.items():
             if key in ("model", "derived"):
                 if not isinstance(value, dict):
                     raise ConfigError(f"model config: {key} must be an object, found {value!r}")
-                flat.update(value)
+                flat.update(cast("dict[str, Any]", value))
             else:
                 flat[key] = value
         if "widening_factor" in flat:
@@ -228,8 +229,8 @@ def choose_num_blocks(model: ModelConfig, scheduler: SchedulerConfig, *, block_s
     affordable = cache_bytes // block_bytes
     if affordable < per_seq:
         raise ConfigError(
-            f"the KV cache of {cache_bytes:,} bytes holds {affordable * block_size:,} tokens, but max_model_len is {scheduler.max_model_len:,}; "
-            "lower --max-model-len or raise --kv-cache-memory-bytes"
+            f"the KV cache of {cache_bytes:,} bytes holds {affordable * block_size:,} tokens, "
+            f"but max_model_len is {scheduler.max_model_len:,}; lower --max-model-len or raise --kv-cache-memory-bytes"
         )
     return min(affordable, per_seq * scheduler.max_num_seqs)
 

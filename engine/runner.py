@@ -1,7 +1,7 @@
 """ModelRunner: the weights, the cache and the compiled steps. Launching a step and collecting its result are two calls.
 
-The one place that talks to the device. Cache and slot state are donated to every step and replaced by what it returns; a step that failed has
-lost them, and so the runner with it. Programs are compiled ahead of use, one per bucket and kind; nothing else is ever called.
+The one place that talks to the device. Cache and slot state are donated to every step and replaced by what it returns; a step that
+failed has lost them, and so the runner with it. Programs are compiled ahead of use, one per bucket and kind; nothing else is ever called.
 """
 
 from collections.abc import Callable
@@ -150,7 +150,7 @@ class ModelRunner:
         jitted = jax.jit(write_slot, donate_argnums=0, out_shardings=replicated(self.mesh))
         self._write_slot = jitted.lower(self._state.slots, *arguments).compile()
 
-    def _count_late_compilation(self, event: str, _duration_s: float, **_: object) -> None:
+    def _count_late_compilation(self, event: str, duration_secs: float, **_: str | int) -> None:  # noqa: ARG002
         if event.endswith("backend_compile_duration"):
             self.num_late_compilations += 1
 

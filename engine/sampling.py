@@ -1,8 +1,8 @@
 """Logits to tokens and log-probabilities, all on the device.
 
-Nothing here sorts the vocabulary. Top-k and top-p find their threshold by bisecting the ordered bits of the float32 values, which is exact for
-any k and any distribution; equal values at the threshold are kept in the order of their ids, as a stable sort would. One uniform number
-per token, a function of (seed, choice, position) only, is looked up in the cumulative distribution.
+Nothing here sorts the vocabulary. Top-k and top-p find their threshold by bisecting the ordered bits of the float32 values, which is
+exact for any k and any distribution; equal values at the threshold are kept in the order of their ids, as a stable sort would. One uniform
+number per token, a function of (seed, choice, position) only, is looked up in the cumulative distribution.
 
 The order: repetition, frequency and presence penalties, bias, end-token mask, temperature, min-p, top-k, top-p. Log-probabilities are the
 log-softmax of the logits before any of these.

@@ -48,11 +48,6 @@ class FrameHandler(Protocol):
         ...
 
 
-def socket_pair() -> tuple[socket.socket, socket.socket]:
-    """Two connected stream sockets without a path on disk; neither survives an exec unless passed on explicitly."""
-    return socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-
-
 def to_frame(payload: bytes) -> bytes:
     """Raises `TransportError` for a payload over `MAX_FRAME_BYTES`."""
     _check_length(len(payload))

@@ -83,8 +83,8 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attention_half(p: Params, x: Tensor, *, capped: bool) -> Tensor:
     """x [B, T, D] plus the normed output of causal grouped attention; p holds one layer's tensors.
 
-    Without `capped` the score cap is left out, which is faster and moves scores below 5 by less than 0.05; the last part of the training and
-    every evaluation are exact.
+    Without `capped` the score cap is left out, which is faster and moves scores below 5 by less than 0.05; the last part of the training
+    and every evaluation are exact.
     """
     B, T, _ = x.shape
     cos, sin = rope_tables(T)

@@ -10,6 +10,7 @@ Runs on the server's event loop; knows neither HTTP nor the terminal. What happe
 
 import asyncio
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -17,12 +18,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-import engine
+from engine import config
 from engine.client import RemoteEngineClient
 from engine.config import EngineOptions
 from engine.errors import EngineError
-from engine.messages import Configure, Failed, Ready, Report
-from engine.transport import open_channel, socket_pair
 from engine.types import EngineInfo, Progress
 
 ENGINE_COMMAND = (sys.executable, "-P", "-m", "engine")  # -P: a folder called engine where we were started is not ours
@@ -62,7 +61,7 @@ class Supervisor:
         command: Sequence[str] = ENGINE_COMMAND,
         stall_timeout_s: float = 60.0,
     ) -> None:
-        self.client = RemoteEngineClient(on_start_message=self._hear)
+        self.client = RemoteEngineClient(on_progress=watcher.engine_progressed, on_ready=self._engine_ready)
         self._options = options
         self._watcher = watcher
         self._command = command
@@ -104,12 +103,12 @@ class Supervisor:
     async def _run_one_engine(self) -> int:
         """From the start of a process to its end; returns its exit status, negative for a signal."""
         self._ready_since_s, self._has_stalled = None, False
-        ours, theirs = socket_pair()
+        ours, theirs = socket.socketpair()  # no path on disk, and passed on to the child alone
         with theirs:
             process = self._process = _start(self._command, theirs.fileno())
         watchdog: asyncio.Task[None] | None = None
         try:
-            self.client.connect(await open_channel(ours, self.client), Configure(self._options))
+            await self.client.connect_socket(ours, self._options)
             if self._stopping.is_set():
                 self.client.disconnect()
             watchdog = asyncio.create_task(self._watch_progress(process))
@@ -141,15 +140,9 @@ class Supervisor:
         except TimeoutError:
             return
 
-    def _hear(self, message: Report | Ready | Failed) -> None:
-        match message:
-            case Report(progress=progress):
-                self._watcher.engine_progressed(progress)
-            case Ready(info=info):
-                self._ready_since_s = time.monotonic()
-                self._watcher.engine_ready(info)
-            case Failed():
-                pass  # `run` raises it once the process has ended
+    def _engine_ready(self, info: EngineInfo) -> None:
+        self._ready_since_s = time.monotonic()
+        self._watcher.engine_ready(info)
 
     def _describe(self, status: int) -> str:
         if self._has_stalled:
@@ -171,7 +164,7 @@ def _start(command: Sequence[str], descriptor: int) -> "subprocess.Popen[bytes]"
 
 def child_environment() -> dict[str, str]:
     """Ours, plus the way to the same `engine` package where it runs from a checkout that is not installed."""
-    root = Path(engine.__path__[0]).parent
+    root = Path(config.__file__).parents[1]
     if root.name in ("site-packages", "dist-packages"):
         return dict(os.environ)
     path = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]

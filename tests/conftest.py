@@ -1,4 +1,4 @@
-"""Settings for every test: eight fake CPU devices, so that sharding is always exercised; shapes checked; anyio runs the async tests on asyncio."""
+"""Settings for every test: eight fake CPU devices, so that sharding is always exercised; shapes checked; async tests run on asyncio."""
 
 import os
 from importlib.util import find_spec

@@ -7,7 +7,7 @@ beside their scales.
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from engine.checkpoint.checkpoint import Checkpoint, HostTensor
 from engine.config import DType, ModelConfig
-from engine.model.params import Params, ParamSpec, dtype_of, map_specs, param_specs
+from engine.model.params import Axis, Params, ParamSpec, dtype_of, map_specs, param_specs
 from engine.model.quantized import QuantizedArray
 from engine.sharding import sharding_of
 from engine.types import Progress
@@ -51,20 +51,21 @@ def load_params(
 
 
 def _place(tensor: HostTensor, spec: ParamSpec, *, dtype: DType, mesh: Mesh, keep_int8: bool) -> Any:
-    sharding = sharding_of(mesh, spec.axes)
-    if tensor.scales is None:
-        target = dtype_of(spec, dtype)
-        return jax.make_array_from_callback(spec.shape, sharding, lambda index: np.asarray(tensor.weight[index], target))
+    """One tensor on its devices. The file is mapped once, and only the slices that devices ask for are read."""
+    weight, scales, target = tensor.weight, tensor.scales, dtype_of(spec, dtype)
+
+    def put(shape: tuple[int, ...], axes: tuple[Axis | None, ...], read: Callable[[Index], NDArray[Any]]) -> jax.Array:
+        return jax.make_array_from_callback(shape, sharding_of(mesh, axes), lambda index: read(cast(Index, index)))
+
+    if scales is None:
+        return put(spec.shape, spec.axes, lambda index: np.asarray(weight[index], target))
     if not keep_int8:
-        scales, target = tensor.scales, dtype_of(spec, dtype)
-        return jax.make_array_from_callback(spec.shape, sharding, lambda index: dequantized_slice(tensor.weight, scales, index, target))
-    num_groups = tensor.scales.shape[-2]
-    splits_groups = num_groups % mesh.shape["tensor"] == 0
+        return put(spec.shape, spec.axes, lambda index: dequantized_slice(weight, scales, index, target))
+    splits_groups = scales.shape[-2] % mesh.shape["tensor"] == 0
     scale_axes = spec.axes if splits_groups else (*spec.axes[:-2], None, spec.axes[-1])
-    scales = tensor.scales
     return QuantizedArray(
-        jax.make_array_from_callback(spec.shape, sharding, lambda index: np.asarray(tensor.weight[index])),
-        jax.make_array_from_callback(scales.shape, sharding_of(mesh, scale_axes), lambda index: np.asarray(scales[index])),
+        put(spec.shape, spec.axes, lambda index: np.asarray(weight[index])),
+        put(scales.shape, scale_axes, lambda index: np.asarray(scales[index])),
     )
 
 

@@ -1,8 +1,8 @@
 """Paged attention with Grok-1's score cap, and the writing of the cache it reads.
 
-One query tile (up to `TILE` tokens of one sequence) at a time walks over that sequence's blocks in key tiles of a fixed size, with an online
-softmax (arXiv:1805.02867). The walk ends at the tile's own context, so only blocks that exist are read, and the order of additions over
-the keys depends on nothing else: not on the batch, not on how a prompt was cut into chunks.
+One query tile (up to `TILE` tokens of one sequence) at a time walks over that sequence's blocks in key tiles of a fixed size, with an
+online softmax (arXiv:1805.02867). The walk ends at the tile's own context, so only blocks that exist are read, and the order of additions
+over the keys depends on nothing else: not on the batch, not on how a prompt was cut into chunks.
 """
 
 import jax

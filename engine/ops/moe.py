@@ -1,7 +1,7 @@
 """The experts: each token's chosen ones, each a GELU-gated feed-forward, weighted and summed.
 
-On the CPU the (token, choice) pairs are sorted by expert and every expert multiplies only its own rows, tile by tile; nothing is dropped and
-padding is never computed. Elsewhere every expert computes all rows and unchosen results get weight zero.
+On the CPU the (token, choice) pairs are sorted by expert and every expert multiplies only its own rows, tile by tile; nothing is dropped
+and padding is never computed. Elsewhere every expert computes all rows and unchosen results get weight zero.
 """
 
 from typing import Any, NamedTuple

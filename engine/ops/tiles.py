@@ -1,9 +1,9 @@
 """How work that is the same for every row is repeated: the place where batch invariance is made.
 
 A row's numbers must not depend on how many rows the step has. Matrix products and reductions choose their order of additions by shape,
-so on the CPU every one of them sees exactly `TILE` rows: the work runs in a loop over tiles, whose trip count follows the real size of the
-step. Padding then costs nothing, and one compiled program serves every size. Elsewhere a loop of small kernels would be far too slow, and the
-whole bucket is computed at once; results may then differ between buckets by rounding.
+so on the CPU every one of them sees exactly `TILE` rows: the work runs in a loop over tiles, whose trip count follows the real size of
+the step. Padding then costs nothing, and one compiled program serves every size. Elsewhere a loop of small kernels would be far too slow,
+and the whole bucket is computed at once; results may then differ between buckets by rounding.
 """
 
 from collections.abc import Callable

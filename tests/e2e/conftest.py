@@ -10,9 +10,7 @@ from server_process import ROOT, RunningServer, running_server
 def tiny_a_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     """The reference checkpoint in float32, token ids only."""
     model = ROOT / "tests" / "data" / "tiny-a"
-    with running_server(
-        tmp_path_factory.mktemp("tiny-a"), "--model", str(model), "--skip-tokenizer-init", "--dtype", "float32"
-    ) as server:
+    with running_server(tmp_path_factory.mktemp("tiny-a"), "--model", str(model), "--skip-tokenizer-init", "--dtype", "float32") as server:
         yield server
 
 

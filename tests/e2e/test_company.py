@@ -11,7 +11,16 @@ from server_process import RunningServer
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(400)]
 
 NUM_STREAMS = 64
-OPENINGS = ["Once upon a time", "The old bear", "A little girl", "In the deep forest", "One morning the king", "Human: Hello! How", "The sea was", "Tom and"]
+OPENINGS = [
+    "Once upon a time",
+    "The old bear",
+    "A little girl",
+    "In the forest",
+    "One morning the king",
+    "The sea was",
+    "Human: Hello! How",
+    "Tom and",
+]
 
 
 def body(index: int) -> dict:

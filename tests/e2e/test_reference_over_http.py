@@ -1,6 +1,5 @@
 """The released code's outputs on tiny-a, asked for by a client: token ids in, log-probabilities out."""
 
-
 import httpx
 import numpy as np
 import pytest

@@ -23,7 +23,16 @@ from engine.types import EngineInfo, FinishReason, GenerationRequest, SamplingPa
 pytestmark = pytest.mark.timeout(400)  # two dozen seconds of compiling, on whatever a busy machine leaves
 
 MODEL = small_model(
-    vocab_size=515, sequence_len=96, emb_size=136, key_size=34, num_q_heads=4, num_kv_heads=2, num_experts=3, ffn_size=200, eos_token=2
+    vocab_size=515,
+    num_layers=1,
+    sequence_len=96,
+    emb_size=136,
+    key_size=34,
+    num_q_heads=4,
+    num_kv_heads=2,
+    num_experts=3,
+    ffn_size=200,
+    eos_token=2,
 )
 CONFIG = engine_config(MODEL, block_size=4, num_blocks=96, max_num_batched_tokens=40, max_model_len=96)
 INFO = EngineInfo(

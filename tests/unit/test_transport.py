@@ -1,3 +1,4 @@
+import socket
 import struct
 import threading
 
@@ -14,7 +15,6 @@ from engine.transport import (
     FrameParser,
     LoopbackChannel,
     open_channel,
-    socket_pair,
     to_frame,
 )
 
@@ -60,7 +60,7 @@ def test_a_length_over_the_limit_is_refused_before_its_bytes_come():
 
 
 async def test_both_ends_of_a_socket_pair_exchange_frames_of_any_size():
-    ours, theirs = socket_pair()
+    ours, theirs = socket.socketpair()
     recorder = Recorder()
     channel = await open_channel(ours, recorder)
     engine_end = BlockingChannel(theirs)
@@ -88,7 +88,7 @@ async def test_both_ends_of_a_socket_pair_exchange_frames_of_any_size():
 
 
 async def test_the_end_of_the_engine_side_is_told_once():
-    ours, theirs = socket_pair()
+    ours, theirs = socket.socketpair()
     recorder = Recorder()
     channel = await open_channel(ours, recorder)
 
@@ -100,7 +100,7 @@ async def test_the_end_of_the_engine_side_is_told_once():
 
 
 async def test_an_unreadable_frame_closes_the_channel_with_its_cause():
-    ours, theirs = socket_pair()
+    ours, theirs = socket.socketpair()
     recorder = Recorder()
     channel = await open_channel(ours, recorder)
 
@@ -113,7 +113,7 @@ async def test_an_unreadable_frame_closes_the_channel_with_its_cause():
 
 
 def test_a_reader_that_takes_nothing_holds_the_writer_for_a_bounded_time():
-    ours, theirs = socket_pair()
+    ours, theirs = socket.socketpair()
     channel = BlockingChannel(theirs, send_timeout_s=0.2)
 
     with pytest.raises(TransportError, match="stopped reading"):
@@ -124,7 +124,7 @@ def test_a_reader_that_takes_nothing_holds_the_writer_for_a_bounded_time():
 
 
 def test_writing_to_a_reader_that_is_gone_does_not_raise():
-    ours, theirs = socket_pair()
+    ours, theirs = socket.socketpair()
     ours.close()
     channel = BlockingChannel(theirs)
 
