@@ -19,7 +19,8 @@ from engine.batch import TILE, Batch, StepKind, StepLayout
 from engine.config import EngineConfig
 from engine.model.params import Params
 from engine.model.transformer import KVCache, LayerCache, forward, logits_of
-from engine.ops.tiles import loops_over_tiles, map_rows
+from engine.ops import tiles
+from engine.ops.tiles import map_rows
 from engine.sampling import (
     Knobs,
     Logprobs,
@@ -62,7 +63,7 @@ def step_layouts(config: EngineConfig) -> tuple[StepLayout, ...]:
     smallest = 2 * TILE
     full_tokens = max(smallest, -(-config.scheduler.max_num_batched_tokens // TILE) * TILE)
     sizes = [smallest, full_tokens]
-    if not loops_over_tiles():
+    if not tiles.loops_over_tiles():
         sizes = [smallest << n for n in range(full_tokens.bit_length()) if smallest << n < full_tokens] + [full_tokens]
     return tuple(
         StepLayout(num_tokens=size, num_seqs=min(size, config.scheduler.max_num_seqs), blocks_per_seq=config.max_blocks_per_seq)

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from engine.batch import TILE
+from engine.ops import tiles
 from engine.ops.linear import linear
-from engine.ops.tiles import loops_over_tiles
 from engine.shapes import Array, Float, Float32, Int32
 
 
@@ -37,7 +37,7 @@ def mixture(
     num_tokens: Int32[Array, ""],
 ) -> Float32[Array, "t d"]:
     """Sum over each token's chosen experts of weight times expert output, in the order of the choices."""
-    by_choice = _sorted(x, chosen, experts, num_tokens) if loops_over_tiles() else _dense(x, chosen, experts)
+    by_choice = _sorted(x, chosen, experts, num_tokens) if tiles.loops_over_tiles() else _dense(x, chosen, experts)
     total = jnp.zeros(by_choice.shape[::2], jnp.float32)
     for choice in range(chosen.shape[1]):
         total = total + weights[:, choice, None] * by_choice[:, choice]

@@ -10,6 +10,7 @@ from numpy_grok import numpy_logits
 
 from engine.config import ModelConfig
 from engine.model.params import random_params
+from engine.ops import tiles
 
 TOLERANCE = 1e-4  # absolute, on logits of standard deviation about 1
 
@@ -104,3 +105,19 @@ def test_every_field_of_the_configuration_matters_to_the_reference():
     logits = [numpy_logits(params, list(range(12)), variant) for variant in variants]
 
     assert all(np.abs(a - b).max() > 10 * TOLERANCE for a, b in itertools.combinations(logits, 2))
+
+
+def test_whole_buckets_as_other_backends_compute_them_give_the_same_logits(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tiles, "loops_over_tiles", lambda: False)
+    model = small_model(
+        num_layers=2, emb_size=28, key_size=6, num_q_heads=6, num_kv_heads=3, num_experts=5, num_selected_experts=2, ffn_size=20
+    )
+    params = random_params(model, seed=3, dtype="float32")
+    prompts = [list(range(1, 38)), [5, 9, 2]]
+
+    harness = ForwardHarness(engine_config(model, max_num_batched_tokens=48), params)
+    found = harness.run([(prompts[0], [20, 16, 1]), (prompts[1], [1, 1, 1])])
+
+    assert len(harness.batcher.layouts) > 2, "a bucket for every power of two"
+    for prompt, logits in zip(prompts, found, strict=True):
+        np.testing.assert_allclose(logits, numpy_logits(params, prompt, model), rtol=0, atol=TOLERANCE)
