@@ -41,7 +41,7 @@ class StepOutput(NamedTuple):
     """Result of a step; S rows, T tokens. What its kind does not compute is None."""
 
     token_ids: Any  # int32 [S]
-    is_finite: Any  # bool [S] False where the logits hold an infinity or a NaN: that row has failed
+    is_finite: Any  # bool [S] False where the logits, raw or adjusted, are not finite numbers: that row has failed
     logprobs: Logprobs | None  # of the chosen tokens, [S]
     scores: Logprobs | None  # of `StepInput.targets`, [T]
 
@@ -189,8 +189,8 @@ def _choose(params: Params, slots: SlotState, x: Any, knobs: Knobs, *, kind: Ste
     is_finite = jnp.all(jnp.isfinite(logits), axis=-1)
     if kind is StepKind.GREEDY:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32), is_finite, None
-    token_ids = choose_tokens(logits, slots, knobs)
-    return token_ids, is_finite, logprobs_of(logits, token_ids, num_top(config))
+    token_ids, is_sound = choose_tokens(logits, slots, knobs)
+    return token_ids, is_finite & is_sound, logprobs_of(logits, token_ids, num_top(config))
 
 
 def _pad_rows(field: Any) -> Any:

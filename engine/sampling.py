@@ -118,9 +118,15 @@ def logprobs_of(logits: Float32[Array, "rows v"], token_ids: Int32[Array, "rows"
     return Logprobs(chosen - normalizer, top_ids.astype(jnp.int32), top - normalizer[:, None])
 
 
-def choose_tokens(logits: Float32[Array, "rows v"], state: SlotState, knobs: Knobs) -> Int32[Array, "rows"]:
-    """The next token of every row."""
+def choose_tokens(logits: Float32[Array, "rows v"], state: SlotState, knobs: Knobs) -> tuple[Int32[Array, "rows"], Bool[Array, "rows"]]:
+    """The next token of every row, and whether it means something.
+
+    It does not where the adjusted logits hold a NaN or a positive infinity, or leave no token at all (extreme penalties, everything
+    masked): such a row has failed, and its token is merely some id below the vocabulary's size.
+    """
     adjusted = adjust(logits, state, knobs)
+    is_sound = jnp.isfinite(jnp.max(adjusted, axis=-1)) & ~jnp.any(jnp.isnan(adjusted), axis=-1)
+    adjusted = jnp.where(is_sound[:, None], adjusted, 0.0)
     is_greedy = knobs.temperature <= 0
     greedy = jnp.argmax(adjusted, axis=-1).astype(jnp.int32)
 
@@ -131,7 +137,7 @@ def choose_tokens(logits: Float32[Array, "rows v"], state: SlotState, knobs: Kno
         weights = restrict(jnp.exp(scaled), knobs)
         return look_up(weights, uniforms(knobs))
 
-    return jnp.where(is_greedy, greedy, jax.lax.cond(jnp.all(is_greedy), lambda: greedy, draw))
+    return jnp.where(is_greedy, greedy, jax.lax.cond(jnp.all(is_greedy), lambda: greedy, draw)), is_sound
 
 
 def adjust(logits: Float32[Array, "rows v"], state: SlotState, knobs: Knobs) -> Float32[Array, "rows v"]:

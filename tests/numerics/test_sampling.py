@@ -46,7 +46,14 @@ def knobs(num_rows: int, *, seeds: Any = 0, **given: Any) -> Knobs:
     return Knobs(**fields, seeds=jnp.asarray(np.array(words, np.uint32).view(np.int32)))
 
 
-run_restrict, run_look_up, run_choose = jax.jit(restrict), jax.jit(look_up), jax.jit(choose_tokens)
+run_restrict, run_look_up, run_choose_checked = jax.jit(restrict), jax.jit(look_up), jax.jit(choose_tokens)
+
+
+def run_choose(logits: Any, state: SlotState, knobs: Knobs) -> Any:
+    """Tokens of rows that are all sound."""
+    token_ids, is_sound = run_choose_checked(logits, state, knobs)
+    assert np.all(is_sound)
+    return token_ids
 
 
 def weights_of(logits: NDArray[Any]) -> Floats:
@@ -330,3 +337,28 @@ def test_taking_a_slot_resets_all_of_it_and_nothing_else():
     assert np.flatnonzero(after.is_end[1]).tolist() == [2, 700]
     for one, other in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
         np.testing.assert_array_equal(one[np.array([0, 2])], other[np.array([0, 2])])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_penalty_that_overflows_fails_its_row_alone(temperature: float):
+    logits = jnp.asarray(np.random.default_rng(0).standard_normal((2, 300)), jnp.float32)
+    state = empty_slots(2, 300)
+    state = SlotState(state.output_counts, jnp.ones_like(state.is_in_prompt), state.bias, state.is_end)
+
+    token_ids, is_sound = run_choose_checked(
+        logits, state, knobs(2, temperature=temperature, repetition_penalty=np.array([1e-39, 1.1], np.float32))
+    )
+
+    assert is_sound.tolist() == [False, True]
+    assert np.all(np.asarray(token_ids) < 300)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_whose_every_token_is_masked_fails(temperature: float):
+    state = empty_slots(1, 10)
+    state = SlotState(state.output_counts, state.is_in_prompt, state.bias, jnp.ones_like(state.is_end))
+
+    token_ids, is_sound = run_choose_checked(jnp.zeros((1, 10)), state, knobs(1, temperature=temperature, mask_end=1))
+
+    assert is_sound.tolist() == [False]
+    assert 0 <= int(token_ids[0]) < 10
