@@ -58,15 +58,21 @@ class CompletionStream(StreamingResponse):
         self._answer = answer
         self._keep_alive_s = keep_alive_s
         self._translate = translate
+        self._has_started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
-        await unless_disconnected(receive, self.stream_response(send))
+        try:
+            await unless_disconnected(receive, self.stream_response(send))
+        except ClientDisconnect:
+            if not self._has_started:  # afterwards there is no answer left to choose: Starlette would report its handler's as an error
+                raise
 
     async def stream_response(self, send: Send) -> None:
         """Write everything, from the status line to the last byte."""
         async with self._answer.run() as generations:
             updates = await generations.next_updates(patience_s=self._keep_alive_s)
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            self._has_started = True
             writer = _EventWriter(send, keep_alive_s=self._keep_alive_s)
             try:
                 await self._write_pieces(updates, generations=generations, writer=writer)

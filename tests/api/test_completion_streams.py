@@ -1,6 +1,7 @@
 """Streamed completions on a real port: frames byte by byte, interleaved choices, silence, failures, clients that leave."""
 
 import json
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -165,6 +166,21 @@ def test_a_client_that_leaves_ends_the_work_in_the_engine(live_url: str, engine:
     assert eventually(lambda: len(engine.aborted) == 4)
     assert engine.num_open == 0
     assert eventually(lambda: app.state.services.admission.num_open == 0)
+
+
+def test_a_client_that_leaves_in_the_middle_of_a_stream_is_no_error_in_the_log(
+    live_url: str, engine: FakeEngineClient, app: FastAPI, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level(logging.INFO)
+    engine.script = one_token_then(HANG)
+
+    with httpx.stream("POST", f"{live_url}/v1/completions", json={"prompt": [7], "n": 2, "stream": True}) as response:
+        next(response.iter_bytes())
+
+    assert eventually(lambda: len(engine.aborted) == 2)
+    assert eventually(lambda: app.state.services.admission.num_open == 0)
+    assert eventually(lambda: any("/v1/completions" in record.getMessage() for record in caplog.records))  # the access log: it is over
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR] == []
 
 
 def test_many_streams_opened_and_dropped_leave_nothing_behind(live_url: str, engine: FakeEngineClient, app: FastAPI):
