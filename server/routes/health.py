@@ -13,16 +13,16 @@ router = APIRouter()
 
 
 @router.get("/livez")
-@router.head("/livez", include_in_schema=False)
+@router.api_route("/livez", methods=["GET", "HEAD"], include_in_schema=False)
 async def livez() -> JSONResponse:
     """200 for as long as the event loop turns."""
     return JSONResponse({"status": "alive"})
 
 
 @router.get("/readyz")
-@router.head("/readyz", include_in_schema=False)
+@router.api_route("/readyz", methods=["GET", "HEAD"], include_in_schema=False)
 @router.get("/health")
-@router.head("/health", include_in_schema=False)
+@router.api_route("/health", methods=["GET", "HEAD"], include_in_schema=False)
 async def readyz(services: FromApp) -> JSONResponse:
     """200 while requests are taken; else 503 with the reason, and the phase and percentage of a start."""
     try:

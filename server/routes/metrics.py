@@ -10,7 +10,7 @@ router = APIRouter()
 
 
 @router.get("/metrics")
-@router.head("/metrics", include_in_schema=False)
+@router.api_route("/metrics", methods=["GET", "HEAD"], include_in_schema=False)
 async def metrics(services: FromApp) -> Response:
     """All series in the text exposition format."""
     return Response(services.metrics.scrape(), media_type=CONTENT_TYPE_LATEST)

@@ -13,14 +13,14 @@ router = APIRouter()
 
 
 @router.get("/v1/models", responses=json_answer(ModelList))
-@router.head("/v1/models", include_in_schema=False)
+@router.api_route("/v1/models", methods=["GET", "HEAD"], include_in_schema=False)
 async def list_models(services: FromApp) -> Response:
     """The one model served here."""
     return Response(msgspec.json.encode(ModelList(data=[_card(services)])), media_type="application/json")
 
 
 @router.get("/v1/models/{model_id:path}", responses=json_answer(ModelCard))
-@router.head("/v1/models/{model_id:path}", include_in_schema=False)
+@router.api_route("/v1/models/{model_id:path}", methods=["GET", "HEAD"], include_in_schema=False)
 async def get_model(model_id: str, services: FromApp) -> Response:
     """One model by its id, which may hold slashes."""
     if model_id != services.model_name:

@@ -371,3 +371,10 @@ async def test_the_openapi_document_describes_the_endpoint(http: httpx.AsyncClie
     properties = post["requestBody"]["content"]["application/json"]["schema"]["properties"]
     assert {"prompt", "max_tokens", "logprobs", "stop_token_ids"} <= properties.keys()
     assert "$ref" not in json.dumps(post)
+
+
+async def test_the_openapi_document_names_each_readable_path_once(http: httpx.AsyncClient):
+    paths = (await http.get("/openapi.json")).json()["paths"]
+
+    for path in ("/livez", "/readyz", "/health", "/metrics", "/v1/models", "/v1/models/{model_id}"):
+        assert set(paths[path]) == {"get"}

@@ -6,6 +6,7 @@ import socket
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import httpx
 import pytest
@@ -66,6 +67,17 @@ async def test_options_names_the_methods_and_grants_no_cross_origin(http: httpx.
     assert answer.status_code == 204
     assert answer.headers["allow"] == "POST, OPTIONS"
     assert not [name for name in answer.headers if name.startswith("access-control")]
+
+
+@pytest.mark.parametrize("path", ["/livez", "/readyz", "/health", "/metrics", "/v1/models", "/v1/models/tiny"])
+async def test_allow_names_both_methods_of_what_can_be_read(http: httpx.AsyncClient, path: str):
+    options = await http.options(path)
+    refused = await http.post(path)
+
+    assert options.status_code == 204
+    assert set(options.headers["allow"].split(", ")) == {"GET", "HEAD", "OPTIONS"}
+    assert refused.status_code == 405
+    assert set(refused.headers["allow"].split(", ")) == {"GET", "HEAD"}
 
 
 @pytest.mark.parametrize("path", ["/v1/models/", "/v1//models", "/v1/models//"])
@@ -149,6 +161,14 @@ async def test_a_body_is_taken_at_the_limit_and_refused_past_it(http: httpx.Asyn
     assert at_limit.status_code == 200
     assert past_it.status_code == past_it_undeclared.status_code == 413
     assert checked_error(past_it)["code"] == checked_error(past_it_undeclared)["code"] == "body_too_large"
+
+
+def test_the_documented_sizes_are_the_limits():
+    limits = Limits()
+    document = (Path(__file__).resolve().parents[2] / "docs" / "api.md").read_text()
+
+    assert f"| 413 | `body_too_large` | more than {limits.max_body_bytes / 2**20:g} MiB |" in document
+    assert f"| 431 | `headers_too_large` | more than {limits.max_header_bytes / 2**10:g} KiB |" in document
 
 
 def test_a_client_that_sends_too_much_still_reads_why(live_url: str):
