@@ -35,6 +35,9 @@ if TYPE_CHECKING:  # fastapi takes seconds to import
 
 FAREWELL_S = 5  # for the last bytes of responses whose generation is over
 POLL_S = 0.05
+IDLE_CONNECTION_S = (
+    75  # longer than clients and proxies keep one in their pools, so that they close first and no request meets a closing one
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,6 +166,7 @@ class _Life:
             log_level="warning",
             access_log=False,
             server_header=False,
+            timeout_keep_alive=IDLE_CONNECTION_S,
             timeout_graceful_shutdown=FAREWELL_S,
         )
 
