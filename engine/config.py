@@ -15,6 +15,16 @@ from engine.errors import ConfigError
 
 DType = Literal["float32", "bfloat16"]
 
+_MAX_INT = 2**31 - 1  # what an index on the device can count to
+_MAX_FLOAT = 3.4e38  # float32's, in which these numbers are used
+
+# Keys of xai-org/grok-1's own configuration (model.py, run.py) that change nothing here: how weights are initialised, names for its logs,
+# and how its runner lays out and shards its work, which flags decide for us.
+_IGNORED_KEYS = {"name", "model_type", "model_size", "fprop_dtype", "capacity_factor"} | {
+    *("init_scale", "init_scale_override", "embedding_init_scale"),
+    *("shard_activations", "shard_embeddings", "data_axis", "model_axis", "bs_per_device"),
+}
+
 
 def ffn_size(emb_size: int, widening_factor: float) -> int:
     """Width of an expert: two thirds of the widened model width, rounded up to a multiple of 8 (xai-org/grok-1, model.py)."""
@@ -53,11 +63,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            is_int = isinstance(value, int) and not isinstance(value, bool)
-            if field.type in (int, "int") and not is_int:
-                raise ConfigError(f"model config: {field.name} must be an integer, found {value!r}")
-            if field.type in (float, "float") and not (is_int or isinstance(value, float)):
-                raise ConfigError(f"model config: {field.name} must be a number, found {value!r}")
+            if value is not None or field.default is not None:
+                _check_number(field.name, value, is_integer=field.type is not float)
         for name in (
             "vocab_size",
             "sequence_len",
@@ -91,7 +98,10 @@ class ModelConfig:
 
     @classmethod
     def from_json(cls, raw: object) -> "ModelConfig":
-        """Build from the parsed content of a `config.json`; unknown or missing keys are refused by name."""
+        """Build from the parsed content of a `config.json`; unknown or missing keys are refused by name.
+
+        The original's keys that concern training or its own runner are ignored.
+        """
         if not isinstance(raw, dict):
             raise ConfigError("model config: the top level must be an object")
         flat: dict[str, Any] = {}
@@ -105,18 +115,20 @@ class ModelConfig:
                 flat[key] = value
         if "widening_factor" in flat:
             widening = flat.pop("widening_factor")
-            if isinstance(widening, bool) or not isinstance(widening, int | float) or not isinstance(flat.get("emb_size"), int):
-                raise ConfigError(f"model config: widening_factor must be a number beside an integer emb_size, found {widening!r}")
+            _check_number("widening_factor", widening, is_integer=False)
+            _check_number("emb_size", flat.get("emb_size"), is_integer=True)
+            if not 0 < widening <= _MAX_INT:
+                raise ConfigError(f"model config: widening_factor must be above 0 and at most {_MAX_INT}, found {widening!r}")
             computed = ffn_size(flat["emb_size"], widening)
             if flat.setdefault("ffn_size", computed) != computed:
                 raise ConfigError(
                     f"model config: ffn_size {flat['ffn_size']} contradicts widening_factor {widening}, which gives {computed}"
                 )
         known = {field.name for field in fields(cls)}
-        if unknown := sorted(flat.keys() - known):
+        if unknown := sorted(flat.keys() - known - _IGNORED_KEYS):
             raise ConfigError(f"model config: unknown key {unknown[0]!r}; known are {', '.join(sorted(known | {'widening_factor'}))}")
         try:
-            return cls(**flat)
+            return cls(**{key: value for key, value in flat.items() if key in known})
         except TypeError:
             required = {
                 "vocab_size",
@@ -140,6 +152,15 @@ class ModelConfig:
     def preset(cls, name: str) -> "ModelConfig":
         """A configuration from `configs/models`, e.g. `grok-1`."""
         return cls.from_json(json.loads((resources.files("configs") / "models" / f"{name}.json").read_text()))
+
+
+def _check_number(name: str, value: object, *, is_integer: bool) -> None:
+    """Raises `ConfigError` for anything but a number that engine and device can hold."""
+    if isinstance(value, bool) or not isinstance(value, int if is_integer else int | float):
+        raise ConfigError(f"model config: {name} must be {'an integer' if is_integer else 'a number'}, found {value!r}")
+    largest = _MAX_INT if isinstance(value, int) else _MAX_FLOAT
+    if not abs(value) <= largest:
+        raise ConfigError(f"model config: {name} must be a finite number of at most {largest}, found {value!r}")
 
 
 def find_model_config(model_dir: Path) -> Path | None:

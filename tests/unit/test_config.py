@@ -1,0 +1,100 @@
+"""The model's configuration: what a `config.json` may say, where it is looked for, and what the engine's memory follows from."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_core import TINY_MODEL
+
+from engine.config import EngineOptions, ModelConfig, SchedulerConfig, read_model_config
+from engine.errors import ConfigError
+from engine.messages import Configure, decode_from_server, encode
+
+PLAIN: dict[str, Any] = {name: getattr(TINY_MODEL, name) for name in TINY_MODEL.__slots__}
+
+
+def write_config(directory: Path, text: str = "") -> None:
+    directory.mkdir(exist_ok=True)
+    (directory / "config.json").write_text(text or json.dumps(PLAIN))
+
+
+def configured(model: ModelConfig) -> EngineOptions:
+    return EngineOptions(model=model, model_dir="m", scheduler=SchedulerConfig(max_model_len=model.sequence_len))
+
+
+@pytest.mark.parametrize(
+    ("key", "number"),
+    [
+        ("widening_factor", "1e400"),
+        ("widening_factor", "NaN"),
+        ("widening_factor", "-4"),
+        ("widening_factor", "0"),
+        ("widening_factor", "1e308"),
+        ("widening_factor", "1" + "0" * 400),
+        ("widening_factor", "true"),
+        ("embedding_multiplier_scale", "1e400"),
+        ("embedding_multiplier_scale", "1e300"),
+        ("output_multiplier_scale", "-Infinity"),
+        ("attn_output_multiplier", "NaN"),
+        ("rope_base", "1" + "0" * 400),
+        ("sequence_len", str(2**70)),
+        ("sequence_len", "64.5"),
+        ("num_layers", str(2**31)),
+        ("row_parallel_scale_groups", str(2**70)),
+        ("row_parallel_scale_groups", '"8"'),
+        ("bos_token", "null"),
+    ],
+)
+def test_a_number_that_no_model_can_have_is_refused_by_key_in_one_line(tmp_path: Path, key: str, number: str) -> None:
+    keys = {name: value for name, value in PLAIN.items() if not (key == "widening_factor" and name == "ffn_size")}
+    write_config(tmp_path, json.dumps(keys | {key: "HERE"}).replace('"HERE"', number))
+
+    with pytest.raises(ConfigError, match=rf"config\.json: model config: {key} must be ") as caught:
+        read_model_config(tmp_path)
+
+    assert "\n" not in str(caught.value)
+
+
+def test_a_huge_width_beside_a_widening_factor_is_refused_before_it_is_multiplied() -> None:
+    keys = {name: value for name, value in PLAIN.items() if name != "ffn_size"}
+
+    with pytest.raises(ConfigError, match="emb_size must be a finite number"):
+        ModelConfig.from_json(keys | {"widening_factor": 8.0, "emb_size": 10**400})
+
+
+def test_the_largest_numbers_that_are_accepted_travel_to_the_engine() -> None:
+    model = replace(TINY_MODEL, sequence_len=2**31 - 1, embedding_multiplier_scale=3.4e38, output_multiplier_scale=2**31 - 1)
+
+    assert decode_from_server(encode(Configure(configured(model)))) == Configure(configured(model))
+
+
+def test_the_originals_keys_that_do_not_change_inference_are_ignored() -> None:
+    original = {
+        "name": "transformer",
+        "fprop_dtype": "bfloat16",
+        "model_type": None,
+        "init_scale_override": None,
+        "embedding_init_scale": 1.0,
+        "shard_embeddings": True,
+        "model": {
+            "capacity_factor": 1.0,
+            "init_scale": 1.0,
+            "shard_activations": True,
+            "data_axis": ["replica", "data"],
+            "model_axis": "model",
+        },
+    }
+
+    assert ModelConfig.from_json(PLAIN | original) == TINY_MODEL
+
+
+def test_an_unknown_key_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match="unknown key 'sliding_window'"):
+        ModelConfig.from_json(PLAIN | {"sliding_window": 4096})
+
+
+def test_missing_keys_are_named() -> None:
+    with pytest.raises(ConfigError, match=r"missing emb_size, num_layers$"):
+        ModelConfig.from_json({name: value for name, value in PLAIN.items() if name not in ("emb_size", "num_layers")})
