@@ -49,7 +49,7 @@ class CompletionPlan:
         return len(self.prompts) * self.num_candidates
 
 
-def check_completion(body: CompletionRequest, *, limits: Limits, info: EngineInfo, model_name: str) -> CompletionPlan:
+def check_completion(body: CompletionRequest, *, limits: Limits, info: EngineInfo, model_name: str, eos_token: int) -> CompletionPlan:
     """Check every field that the schema alone cannot. Raises `InvalidRequest` with the field, or `ModelNotFound`."""
     if body.model is not None and body.model != model_name:
         raise ModelNotFound(f"the model {shown(body.model)} does not exist; this server serves {model_name!r}", param="model")
@@ -61,6 +61,7 @@ def check_completion(body: CompletionRequest, *, limits: Limits, info: EngineInf
         raise InvalidRequest(f"logprobs is {shown(body.logprobs)}, at most {max_logprobs} are given", param="logprobs")
     if body.max_tokens is not None and body.min_tokens > body.max_tokens:
         raise InvalidRequest(f"min_tokens {shown(body.min_tokens)} is above max_tokens {shown(body.max_tokens)}", param="min_tokens")
+    _check_some_token_goes_on(body, vocab_size=info.vocab_size, eos_token=eos_token)
     num_candidates = _num_candidates(body)
     if len(body.prompt) * num_candidates > limits.max_sequences:
         raise InvalidRequest(
@@ -97,9 +98,12 @@ async def build_requests(
 ) -> tuple[GenerationRequest, ...]:
     """One request per prompt and candidate, prompt-major.
 
-    Raises `InvalidRequest` for ids outside the vocabulary or text without a tokenizer, `ContextLengthExceeded` where prompt and output
-    do not fit `info.max_model_len`. An explicit `max_tokens` must fit; the default shrinks to the room there is, down to one token.
+    Raises `InvalidRequest` for ids outside the vocabulary, and for text or stop strings without a tokenizer; `ContextLengthExceeded` where
+    prompt and output do not fit `info.max_model_len`. An explicit `max_tokens` must fit; the default shrinks to the room there is, down to
+    one token.
     """
+    if tokenizer is None and plan.stop:
+        raise InvalidRequest("this server runs without a tokenizer and sees no text to stop at: use stop_token_ids", param="stop")
     arrival_s = time.monotonic() if arrival_s is None else arrival_s
     id_prompts = await _tokenized(plan, tokenizer=tokenizer, bos_token=bos_token)
     requests: list[GenerationRequest] = []
@@ -138,6 +142,17 @@ def _check_options(body: SamplingFields, *, limits: Limits) -> None:
     if len(body.stop_token_ids) > limits.max_stop_token_ids:
         raise InvalidRequest(
             f"{len(body.stop_token_ids):,} stop token ids, the limit is {limits.max_stop_token_ids}", param="stop_token_ids"
+        )
+
+
+def _check_some_token_goes_on(body: SamplingFields, *, vocab_size: int, eos_token: int) -> None:
+    """`min_tokens` forbids every end token for a while; something must be left to choose."""
+    end_tokens = {*body.stop_token_ids} if body.ignore_eos else {*body.stop_token_ids, eos_token}
+    if body.min_tokens and len(end_tokens) >= vocab_size:
+        raise InvalidRequest(
+            f"min_tokens is {shown(body.min_tokens)}, but each of the {vocab_size:,} tokens is an end token: lower it to 0 or "
+            "name fewer stop_token_ids",
+            param="min_tokens",
         )
 
 

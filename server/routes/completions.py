@@ -40,7 +40,7 @@ async def admitted(request: Request, services: FromApp) -> AsyncIterator[Admitte
     arrival_s = time.monotonic()
     info = services.admission.check_open()
     body = CompletionRequest.from_body(await request.body(), max_prompts=services.limits.max_prompts)
-    plan = check_completion(body, limits=services.limits, info=info, model_name=services.model_name)
+    plan = check_completion(body, limits=services.limits, info=info, model_name=services.model_name, eos_token=services.model.eos_token)
     with services.admission.permit(plan.num_sequences):
         headers = ignored_fields_header(body.unknown_fields, limit=services.limits.max_ignored_fields)
         yield Admitted(plan=plan, info=info, arrival_s=arrival_s, headers=headers)

@@ -4,7 +4,7 @@ Types are strict: `true` is not 1, `"5"` is not 5, NaN is not a number. `null` m
 table of limits are checked by `server/preprocess.py`, the others here.
 """
 
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, ClassVar, cast
 
 import msgspec
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema, model_validator
@@ -17,11 +17,13 @@ class WireModel(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, frozen=True, protected_namespaces=())
 
+    not_an_object: ClassVar[str] = "must be an object"  # said after the name of the field that holds one
+
     @model_validator(mode="before")
     @classmethod
     def _null_means_default(cls, data: Any) -> Any:
         if not isinstance(data, dict):
-            raise ValueError("the body must be a JSON object")
+            raise ValueError(cls.not_an_object)
         return {name: value for name, value in cast("dict[str, Any]", data).items() if value is not None}
 
     @property
@@ -77,6 +79,8 @@ class StreamOptions(WireModel):
 class SamplingFields(WireModel):
     """How tokens are chosen: OpenAI's fields, then the extra ones other servers have taught clients."""
 
+    not_an_object: ClassVar[str] = "the body must be a JSON object"
+
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, ge=0, le=1)
     n: int = Field(1, ge=1, le=128)
@@ -94,7 +98,7 @@ class SamplingFields(WireModel):
 
     top_k: int = Field(0, ge=-1, le=INT64_MAX)  # 0 and -1: all
     min_p: float = Field(0.0, ge=0, le=1)
-    repetition_penalty: float = Field(1.0, gt=0, le=10)
+    repetition_penalty: float = Field(1.0, ge=0.01, le=100)
     min_tokens: int = Field(0, ge=0)
     ignore_eos: bool = False
     stop_token_ids: TokenIds = ()

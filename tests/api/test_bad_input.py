@@ -78,6 +78,7 @@ REFUSED: list[tuple[dict[str, Any], str | None]] = [
     ({"stream_options": {"include_usage": True}, "stream": False}, "stream_options"),
     ({"stream_options": {"include_usage": "yes"}, "stream": True}, "stream_options"),
     ({"stream_options": [], "stream": True}, "stream_options"),
+    ({"stream_options": "a", "stream": True}, "stream_options"),
     ({"logprobs": 21}, "logprobs"),
     ({"logprobs": -1}, "logprobs"),
     ({"logprobs": True}, "logprobs"),
@@ -110,7 +111,9 @@ REFUSED: list[tuple[dict[str, Any], str | None]] = [
     ({"top_k": 10**30}, "top_k"),
     ({"min_p": 1.1}, "min_p"),
     ({"repetition_penalty": 0}, "repetition_penalty"),
-    ({"repetition_penalty": 10.1}, "repetition_penalty"),
+    ({"repetition_penalty": 0.009}, "repetition_penalty"),
+    ({"repetition_penalty": 1e-320}, "repetition_penalty"),
+    ({"repetition_penalty": 100.1}, "repetition_penalty"),
     ({"min_tokens": -1}, "min_tokens"),
     ({"min_tokens": 17, "max_tokens": 16}, "min_tokens"),
     ({"min_tokens": 256}, "max_tokens"),
@@ -151,7 +154,8 @@ ACCEPTED: list[dict[str, Any]] = [
     {"prompt": "\x00\r\n\u2028\U0001f600"},
     {"top_k": INT64 - 1},
     {"stop_token_ids": []},
-    {"repetition_penalty": 10},
+    {"repetition_penalty": 0.01},
+    {"repetition_penalty": 100},
     {"timeout": 3600},
     {"suffix": ""},
     {"stream": True, "stream_options": {"unknown": 1}},
@@ -180,8 +184,8 @@ MALFORMED: list[bytes] = [
 class Server:
     """The application in process, asked from synchronous tests."""
 
-    def __init__(self) -> None:
-        self.engine = FakeEngineClient(info=engine_info(max_num_seqs=300))
+    def __init__(self, engine: FakeEngineClient) -> None:
+        self.engine = engine
         limits = replace(Limits(), keep_alive_s=5.0)
         self.app = create_app(client=self.engine, tokenizer=tiny_tokenizer(), model=tiny_config(), model_name="tiny", limits=limits)
 
@@ -196,7 +200,7 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server() -> Server:
-    return Server()
+    return Server(FakeEngineClient(info=engine_info(max_num_seqs=300)))
 
 
 def assert_sane(response: httpx.Response, server: Server) -> None:
@@ -244,6 +248,29 @@ def test_what_cannot_fit_the_context_is_refused_with_the_counts(server: Server, 
 
     assert error["code"] == "context_length_exceeded"
     assert "256" in error["message"]
+
+
+def test_what_is_no_object_is_called_by_its_name(server: Server):
+    field = server.post(b'{"stream_options": "a", "stream": true}').json()["error"]
+    body = server.post(b'"a"').json()["error"]
+
+    assert field["message"] == "stream_options: must be an object, found 'a'"
+    assert body["message"] == "the body must be a JSON object"
+
+
+def test_end_tokens_that_leave_nothing_to_choose_are_refused_with_min_tokens():
+    server = Server(FakeEngineClient(info=engine_info(vocab_size=8)))
+    others = [token for token in range(8) if token != tiny_config().eos_token]
+
+    def status(**fields: Any) -> tuple[int, str | None]:
+        response = server.post(json.dumps({"prompt": [7], "min_tokens": 1, "stop_token_ids": others} | fields).encode())
+        return response.status_code, response.json()["error"]["param"] if response.status_code != 200 else None
+
+    assert status() == (400, "min_tokens")
+    assert status(stop_token_ids=[*range(8)], ignore_eos=True) == (400, "min_tokens")
+    assert status(ignore_eos=True) == (200, None)
+    assert status(stop_token_ids=others[1:]) == (200, None)
+    assert status(min_tokens=0) == (200, None)
 
 
 def test_a_hostile_list_makes_a_short_message(server: Server):

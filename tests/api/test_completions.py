@@ -316,6 +316,16 @@ async def test_without_a_tokenizer_ids_go_in_and_come_out_by_name(idless_app: Fa
     assert "tokenizer" in refused.json()["error"]["message"]
 
 
+async def test_without_a_tokenizer_a_stop_string_is_refused_and_a_stop_id_is_not(idless_app: FastAPI):
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(idless_app), base_url="http://test") as http:
+        refused = await http.post("/v1/completions", json={"prompt": [7], "stop": "."})
+        taken = await http.post("/v1/completions", json={"prompt": [7], "stop": [], "stop_token_ids": [3]})
+
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "stop"
+    assert taken.status_code == 200
+
+
 async def test_a_timeout_becomes_the_engines_deadline(http: httpx.AsyncClient, engine: FakeEngineClient):
     before = time.monotonic()
 
