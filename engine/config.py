@@ -6,6 +6,8 @@ and turns it into the `EngineConfig` that everything is built from.
 """
 
 import json
+import os
+import re
 from dataclasses import dataclass, fields
 from importlib import resources
 from pathlib import Path
@@ -163,23 +165,38 @@ def _check_number(name: str, value: object, *, is_integer: bool) -> None:
         raise ConfigError(f"model config: {name} must be a finite number of at most {largest}, found {value!r}")
 
 
-def find_model_config(model_dir: Path) -> Path | None:
-    """The `config.json` of a checkpoint: in the model directory, or above it where that is the folder of the tensors itself."""
+def is_tensor_file(name: str) -> bool:
+    """Whether a file of this name counts as a part of a checkpoint, whole or not."""
+    return re.match(r"tensor[0-9]{5}_", name) is not None
+
+
+def model_directories(model_dir: Path) -> tuple[Path, ...]:
+    """Where the files beside the weights may lie: the model directory, then its parent where it holds the tensor files itself."""
     directory = model_dir.absolute()  # so that "." has a name and a parent
-    for candidate in (directory, directory.parent) if directory.name in ("ckpt", "ckpt-0") else (directory,):
-        if (candidate / "config.json").is_file():
-            return candidate / "config.json"
-    return None
+    try:
+        holds_tensors = any(is_tensor_file(path.name) for path in directory.iterdir())
+    except OSError:  # whoever opens the checkpoint says what is wrong with it
+        holds_tensors = False
+    return (directory, directory.parent) if holds_tensors else (directory,)
+
+
+def find_model_config(model_dir: Path) -> Path | None:
+    """Whatever is called `config.json` in the first of the `model_directories` that has it."""
+    candidates = (directory / "config.json" for directory in model_directories(model_dir))
+    return next((path for path in candidates if os.path.lexists(path)), None)
 
 
 def read_model_config(model_dir: Path) -> ModelConfig:
     """The configuration beside a checkpoint, or that of the released 314B model where `config.json` is missing.
 
-    The release has no `config.json`; a directory that holds other weights is then refused when its files are checked.
+    The release has no `config.json`; a directory that holds other weights is then refused when its files are checked. Raises `ConfigError`.
     """
     path = find_model_config(model_dir)
     if path is None:
         return ModelConfig.preset("grok-1")
+    if not os.path.isfile(path):
+        kind = "a directory" if os.path.isdir(path) else "not a regular file" if os.path.exists(path) else "a link to nothing"
+        raise ConfigError(f"{path} is {kind}; a JSON file is expected there, or nothing for the released 314B model")
     try:
         return ModelConfig.from_json(json.loads(path.read_bytes()))
     except OSError as error:

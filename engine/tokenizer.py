@@ -18,6 +18,7 @@ from pathlib import Path
 
 import sentencepiece
 
+from engine.config import model_directories
 from engine.errors import TokenizerError
 
 FILE_NAME = "tokenizer.model"
@@ -38,15 +39,13 @@ _NO_DUMMY_PREFIX = bytes(
 def find_tokenizer(model_dir: Path, override: Path | None) -> Path:
     """The tokenizer file to use: `override` where given, else `tokenizer.model` in the model directory.
 
-    Where the model directory is the checkpoint directory itself (`ckpt-0`), the file may also lie beside it. Raises `TokenizerError`.
+    Where the model directory holds the tensor files itself, the file may also lie above it. Raises `TokenizerError`.
     """
     if override is not None:
         if not override.is_file():
             raise TokenizerError(f"--tokenizer {override} is not a file; name a SentencePiece model, or use --skip-tokenizer-init")
         return override
-    directories = [model_dir]
-    if any(model_dir.glob("tensor*")):
-        directories.append(model_dir.absolute().parent)
+    directories = model_directories(model_dir)
     for directory in directories:
         if (directory / FILE_NAME).is_file():
             return directory / FILE_NAME

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from engine.checkpoint.released_format import StoredArray, StoredTensor, read_index
-from engine.config import ModelConfig, find_model_config
+from engine.config import ModelConfig, find_model_config, is_tensor_file
 from engine.errors import CheckpointError
 from engine.model.params import LayerParams, Params, ParamSpec, each_spec, param_specs
 
@@ -86,12 +86,13 @@ def specs_in_file_order(config: ModelConfig) -> list[ParamSpec]:
 def find_checkpoint_dir(model_dir: Path) -> Path:
     """The folder of the tensor files: `ckpt-0/` or `ckpt/` inside `model_dir`, or `model_dir` itself.
 
-    Raises `CheckpointError` where none or more than one of them holds tensor files.
+    Raises `CheckpointError` where none or more than one of them holds tensor files. Other names that begin with `tensor` are no reason to
+    take a folder for one; in the folder that is taken they are surplus files.
     """
     if not model_dir.is_dir():
         raise CheckpointError(f"{model_dir}: expected a directory with a checkpoint, found {'a file' if model_dir.exists() else 'nothing'}")
     candidates = [directory for directory in (model_dir, *(model_dir / name for name in CHECKPOINT_DIR_NAMES)) if directory.is_dir()]
-    holding = [directory for directory in candidates if _tensor_names(directory)]
+    holding = [directory for directory in candidates if any(map(is_tensor_file, _tensor_names(directory)))]
     if not holding:
         raise CheckpointError(f"{model_dir}: holds no checkpoint; expected files tensor00000_000 ... in it, in its ckpt-0/ or in its ckpt/")
     if len(holding) > 1:

@@ -1,6 +1,7 @@
 """The model's configuration: what a `config.json` may say, where it is looked for, and what the engine's memory follows from."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 from fake_core import TINY_MODEL
 
-from engine.config import EngineOptions, ModelConfig, SchedulerConfig, read_model_config
+from engine.config import EngineOptions, ModelConfig, SchedulerConfig, find_model_config, read_model_config
 from engine.errors import ConfigError
 from engine.messages import Configure, decode_from_server, encode
 
@@ -98,3 +99,41 @@ def test_an_unknown_key_is_refused_by_name() -> None:
 def test_missing_keys_are_named() -> None:
     with pytest.raises(ConfigError, match=r"missing emb_size, num_layers$"):
         ModelConfig.from_json({name: value for name, value in PLAIN.items() if name not in ("emb_size", "num_layers")})
+
+
+@pytest.mark.parametrize("name", ["ckpt-0", "ckpt", "weights"])
+def test_the_configuration_is_found_above_a_directory_of_tensors_whatever_its_name(tmp_path: Path, monkeypatch, name: str) -> None:
+    write_config(tmp_path)
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "tensor00000_000").touch()
+
+    assert find_model_config(tmp_path / name) == tmp_path / "config.json"
+    monkeypatch.chdir(tmp_path / name)
+    assert read_model_config(Path()) == TINY_MODEL
+
+
+def test_the_configuration_above_a_directory_without_tensors_is_not_taken(tmp_path: Path) -> None:
+    write_config(tmp_path)
+    (tmp_path / "ckpt-0").mkdir()
+    (tmp_path / "ckpt-0" / "tensor_index.txt").touch()
+
+    assert find_model_config(tmp_path / "ckpt-0") is None
+    assert find_model_config(tmp_path / "absent") is None
+
+
+def test_a_configuration_that_is_no_file_is_called_what_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+
+    path.mkdir()
+    with pytest.raises(ConfigError, match=r"config\.json is a directory; a JSON file is expected there"):
+        read_model_config(tmp_path)
+    path.rmdir()
+    path.symlink_to("moved-away.json")
+    with pytest.raises(ConfigError, match=r"config\.json is a link to nothing"):
+        read_model_config(tmp_path)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ConfigError, match=r"config\.json is not a regular file"):
+        read_model_config(tmp_path)
+    path.unlink()
+    assert read_model_config(tmp_path) == ModelConfig.preset("grok-1")
