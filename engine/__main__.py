@@ -44,7 +44,6 @@ from engine.transport import BlockingChannel
 from engine.types import EngineInfo, EngineStats, GenerationRequest, Progress, TokenDelta
 
 SIGN_OF_LIFE_S = 0.5  # at most this long without a message while there is work
-CPU_CACHE_BYTES = 512 << 20
 WORKSPACE_BYTES = 2 << 30  # of an accelerator: activations and what the programs themselves take
 
 START_FAILED = 2
@@ -150,7 +149,10 @@ def build_on_devices(options: EngineOptions, report: Callable[[Progress], None])
     from engine.build import build_engine
 
     backend = jax.default_backend()
-    free_bytes = CPU_CACHE_BYTES if backend == "cpu" else _free_bytes(options, jax.local_devices()[0].memory_stats() or {})
+    if backend == "cpu":
+        free_bytes = options.default_cpu_cache_bytes(memory_bytes=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    else:
+        free_bytes = _free_bytes(options, jax.local_devices()[0].memory_stats() or {})
     return build_engine(options.resolve(backend=backend, free_bytes=free_bytes), report=report)
 
 

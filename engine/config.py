@@ -17,6 +17,8 @@ from engine.errors import ConfigError
 
 DType = Literal["float32", "bfloat16"]
 
+CPU_CACHE_BYTES = 512 << 20  # of the KV cache on a CPU, where one sequence needs no more
+
 _MAX_INT = 2**31 - 1  # what an index on the device can count to
 _MAX_FLOAT = 3.4e38  # float32's, in which these numbers are used
 
@@ -249,7 +251,12 @@ class EngineConfig:
     @property
     def max_blocks_per_seq(self) -> int:
         """Width of a block table: blocks that hold `max_model_len` tokens."""
-        return -(-self.scheduler.max_model_len // self.cache.block_size)
+        return blocks_per_sequence(self.scheduler, self.cache.block_size)
+
+
+def blocks_per_sequence(scheduler: SchedulerConfig, block_size: int) -> int:
+    """Blocks that hold `max_model_len` tokens."""
+    return -(-scheduler.max_model_len // block_size)
 
 
 def kv_bytes_per_token(model: ModelConfig, dtype: DType) -> int:
@@ -262,7 +269,7 @@ def choose_num_blocks(model: ModelConfig, scheduler: SchedulerConfig, *, block_s
 
     Raises `ConfigError` where not even one sequence of `max_model_len` fits.
     """
-    per_seq = -(-scheduler.max_model_len // block_size)
+    per_seq = blocks_per_sequence(scheduler, block_size)
     block_bytes = block_size * kv_bytes_per_token(model, dtype)
     affordable = cache_bytes // block_bytes
     if affordable < per_seq:
@@ -293,7 +300,7 @@ class EngineOptions:
 
         Raises `ConfigError` where the cache cannot hold one sequence.
         """
-        dtype: DType = self.dtype if self.dtype != "auto" else "float32" if backend == "cpu" else "bfloat16"
+        dtype = self._dtype_on(backend)
         num_blocks = choose_num_blocks(
             self.model,
             self.scheduler,
@@ -311,3 +318,11 @@ class EngineOptions:
             max_logprobs=self.max_logprobs,
             compile_cache_dir=self.compile_cache_dir,
         )
+
+    def default_cpu_cache_bytes(self, *, memory_bytes: int) -> int:
+        """Size of an unset cache on a CPU with this much memory: one full sequence, at least 512 MiB, at most half the memory."""
+        block_bytes = self.block_size * kv_bytes_per_token(self.model, self._dtype_on("cpu"))
+        return max(CPU_CACHE_BYTES, min(blocks_per_sequence(self.scheduler, self.block_size) * block_bytes, memory_bytes // 2))
+
+    def _dtype_on(self, backend: str) -> DType:
+        return self.dtype if self.dtype != "auto" else "float32" if backend == "cpu" else "bfloat16"

@@ -65,7 +65,7 @@ class Settings(BaseSettings):
     max_num_batched_tokens: _Count = Field(256, description="tokens computed in one step")
     block_size: _Count = Field(16, description="tokens per block of the KV cache")
     kv_cache_memory_bytes: ByteSize | None = Field(
-        None, description="size of the KV cache, e.g. 2GiB (default: 512MiB on a CPU, what the weights leave on a GPU)"
+        None, description="size of the KV cache, e.g. 2GiB (default: 512MiB or one full sequence on a CPU, what the weights leave on a GPU)"
     )
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="share of a GPU's memory to use")
     tensor_parallel_size: _Count = Field(1, description="devices that share each matrix")
@@ -168,15 +168,14 @@ def flag_name(field: str) -> str:
 
 
 def default_model_dir() -> Path:
-    """The model that comes along: beside the code in a checkout, inside `configs` in an installed wheel.
+    """The model that comes along, in `models/` beside the packages: in a checkout as in an installed wheel (decision 3).
 
-    Raises `ConfigError` where neither is there.
+    Raises `ConfigError` where it is not there.
     """
-    package = Path(configs.__path__[0])
-    for candidate in (package.parent / "models" / DEFAULT_MODEL, package / "models" / DEFAULT_MODEL):
-        if candidate.is_dir():
-            return candidate
-    raise ConfigError(f"the default model {DEFAULT_MODEL} is not installed; name a model directory with --model")
+    model_dir = Path(configs.__path__[0]).parent / "models" / DEFAULT_MODEL
+    if not model_dir.is_dir():
+        raise ConfigError(f"the default model {DEFAULT_MODEL} is not installed; name a model directory with --model")
+    return model_dir
 
 
 def engine_options(settings: Settings, model: ModelConfig | None = None) -> EngineOptions:

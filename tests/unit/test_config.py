@@ -137,3 +137,20 @@ def test_a_configuration_that_is_no_file_is_called_what_it_is(tmp_path: Path) ->
         read_model_config(tmp_path)
     path.unlink()
     assert read_model_config(tmp_path) == ModelConfig.preset("grok-1")
+
+
+def test_a_cpu_holds_one_full_sequence_of_a_plausible_model_unless_that_takes_half_its_memory() -> None:
+    model = replace(TINY_MODEL, num_layers=12, num_q_heads=8, num_kv_heads=8, key_size=128, sequence_len=8192)
+    options = configured(model)
+
+    cache_bytes = options.default_cpu_cache_bytes(memory_bytes=8 << 30)
+
+    assert cache_bytes == 2 * 12 * 8 * 128 * 8192 * 4
+    assert options.resolve(backend="cpu", free_bytes=cache_bytes).cache.num_blocks == 8192 // 16
+    too_little = options.default_cpu_cache_bytes(memory_bytes=1 << 30)
+    with pytest.raises(ConfigError, match=r"holds 5,456 tokens, but max_model_len is 8,192; lower --max-model-len or raise --kv-cache"):
+        options.resolve(backend="cpu", free_bytes=too_little)
+
+
+def test_a_small_model_gets_the_default_cache_on_any_cpu() -> None:
+    assert configured(TINY_MODEL).default_cpu_cache_bytes(memory_bytes=1 << 40) == 512 << 20
