@@ -94,7 +94,8 @@ def _parameters() -> Iterator[python_inspect.Parameter]:
         )
         yield _flag(name, bool if is_switch else str, option)
     for alias in ALIASES:
-        yield _flag(alias, str, typer.Option("-tp" if alias == "tp" else flag_name(alias), hidden=True))
+        names = ["-tp", "--tp"] if alias == "tp" else [flag_name(alias)]
+        yield _flag(alias, str, typer.Option(*names, hidden=True))
 
 
 def _flag(name: str, kind: type, option: Any) -> python_inspect.Parameter:
@@ -118,7 +119,7 @@ def _register_serve() -> None:
     serve.__signature__ = python_inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
     serve.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     epilog = f"Every flag is also an environment variable, e.g. {ENV_PREFIX}PORT, and a key of the --config file, e.g. port. "
-    epilog += "SGLang's names for the common ones are understood, too."
+    epilog += "The names are vLLM's; SGLang's for the common ones are understood, too."
     app.command(epilog=epilog)(serve)
 
 

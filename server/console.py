@@ -8,6 +8,7 @@ import json
 import os
 import shlex
 import time
+from typing import Any
 
 import structlog
 from rich.console import Console as RichConsole
@@ -23,11 +24,20 @@ log = structlog.get_logger(__name__)
 
 
 class Terminal(RichConsole):
-    """stdout that may go away: whoever started the server can stop reading, and the server serves on."""
+    """stdout that may fail: its reader can go away, its disk can be full, its terminal can hang up, and the server serves on."""
+
+    def __exit__(self, exc_type: Any, exc_value: Any, traceback: Any) -> None:
+        """Writes; every way to print ends here, the progress bars' too."""
+        try:
+            super().__exit__(exc_type, exc_value, traceback)
+        except OSError:
+            self.on_broken_pipe()
 
     def on_broken_pipe(self) -> None:
         """From now on write to nowhere. The descriptor is replaced, so that the interpreter's last flush fails neither."""
-        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+        self.quiet = True
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), self.file.fileno())
 
 
 class Console:

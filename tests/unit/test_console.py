@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 PROGRAM = """
 import sys
 from server.console import Console
@@ -11,6 +13,19 @@ console = Console(url="http://127.0.0.1:1", model_name="m", has_tokenizer=True)
 console.starting()
 sys.stdin.read()
 console.stopping(2, timeout_s=3.0)
+print("still here", file=sys.stderr)
+"""
+
+BARS = """
+import sys, time
+from engine.types import Progress
+from server.console import Console
+console = Console(url="http://127.0.0.1:1", model_name="m", has_tokenizer=True)
+for done in range(3):
+    console.engine_progressed(Progress(phase="load", done=done, total=2, unit="bytes", detail=""))
+    time.sleep(0.15)
+console.close()
+console.stopping(0, timeout_s=3.0)
 print("still here", file=sys.stderr)
 """
 
@@ -38,3 +53,20 @@ def test_a_reader_that_went_away_does_not_end_the_server():
 
     assert child.returncode == 0
     assert errors == "still here\n"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has /dev/full")
+@pytest.mark.parametrize(("program", "environment"), [(PROGRAM, {}), (BARS, {}), (BARS, {"FORCE_COLOR": "1", "TERM": "xterm"})])
+def test_a_stdout_that_cannot_be_written_does_not_end_the_server(program, environment):
+    with open("/dev/full", "w") as full:
+        child = subprocess.run(
+            [sys.executable, "-c", program],
+            stdin=subprocess.DEVNULL,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            env=os.environ | environment,
+        )
+
+    assert (child.returncode, child.stderr) == (0, "still here\n")

@@ -197,3 +197,11 @@ def test_settings_and_supervision_import_neither_jax_nor_fastapi():
     code = "import sys, server.cli, server.lifecycle, engine.__main__; print({'jax', 'fastapi'} & set(sys.modules))"
 
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize("flag", ["-tp", "--tp", "--tp-size", "--tensor-parallel-size"])
+def test_every_name_of_tensor_parallelism_is_a_flag(flag, tmp_path):
+    command = [sys.executable, "-m", "server", "serve", str(tmp_path), flag, "many"]
+    result = subprocess.run(command, capture_output=True, text=True)
+
+    assert "--tensor-parallel-size: input should be a valid integer" in result.stderr
