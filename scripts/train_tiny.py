@@ -28,6 +28,9 @@ D, H, K, C = MODEL["emb_size"], MODEL["num_q_heads"], MODEL["num_kv_heads"], MOD
 E, TOP_K, LAYERS, FFN = MODEL["num_experts"], MODEL["num_selected_experts"], MODEL["num_layers"], CONFIG["derived"]["ffn_size"]
 NORMS = ("rms_norm", "rms_norm_1", "rms_norm_2", "rms_norm_3")
 MIXTURE = {"books": 0.42, "dialogues": 0.35, "stories": 0.23}
+LATE_MIXTURE = {"books": 0.2, "dialogues": 0.3, "stories": 0.5}  # of the last quarter, while the rate falls: simple English
+LATE = 0.75
+EXACT = 0.95  # from here on with the score cap, and with windows as long as the context
 BALANCE_WEIGHT = 0.01
 BF16 = torch.bfloat16
 
@@ -219,8 +222,9 @@ class Corpus:
         self.arrays = {kind: np.load(work / f"{kind}.{split}.npy") for kind in MIXTURE}
         self.random = np.random.default_rng(seed)
 
-    def batch(self, rows: int, length: int, kind: str | None = None) -> Tensor:
-        kinds = [kind] * rows if kind else self.random.choice(list(MIXTURE), rows, p=list(MIXTURE.values()))
+    def batch(self, rows: int, length: int, mixture: dict[str, float]) -> Tensor:
+        """int64 [rows, length + 1], each row from a kind drawn by its share."""
+        kinds = self.random.choice(list(mixture), rows, p=list(mixture.values()))
         windows = []
         for each in kinds:
             array = self.arrays[each]
@@ -236,7 +240,7 @@ def evaluate(params: Params, work: Path, *, batches: int, length: int) -> dict[s
     corpus = Corpus(work, "heldout", seed=0)
     result = {}
     for kind in MIXTURE:
-        losses = [loss_of(params, corpus.batch(8192 // length, length, kind))[0].item() for _ in range(batches)]
+        losses = [loss_of(params, corpus.batch(8192 // length, length, {kind: 1.0}))[0].item() for _ in range(batches)]
         fact = facts[f"{kind}.heldout"]
         result[kind] = round(float(np.mean(losses)) / math.log(2) * fact["tokens"] / fact["bytes"], 4)
     return result
@@ -281,11 +285,12 @@ def train(work: Path, minutes: float) -> None:
         progress = elapsed / (60 * minutes)
         if progress >= 1:
             break
-        rows, length = (32, 256) if progress < 0.75 else (8, 1024)
-        loss, balance = loss_of(params, corpus.batch(rows, length), capped=progress > 0.95)
+        length = 256 if progress < LATE else 512 if progress < EXACT else 1024
+        tokens = corpus.batch(8192 // length, length, MIXTURE if progress < LATE else LATE_MIXTURE)
+        loss, balance = loss_of(params, tokens, capped=progress >= EXACT)
         (loss + BALANCE_WEIGHT * balance).backward()
         optimizer.step(learning_rate(progress, optimizer.step_count))
-        tokens_seen += rows * length
+        tokens_seen += 8192
         smooth = loss.item() if smooth is None else 0.95 * smooth + 0.05 * loss.item()
         if optimizer.step_count % 20 == 0:
             rate = tokens_seen / (time.monotonic() - start)
