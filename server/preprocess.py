@@ -1,15 +1,19 @@
 """From a wire type to what the engine takes: field checks that need the model or the limits, tokenising, one request per choice.
 
-Two steps, so that admission stands between them: `check_completion` looks at the fields alone and says how many sequences the request
-fans out to; `build_requests` tokenises and checks lengths. After these two nobody checks a request again.
+`read_completion` makes a wire type of the bytes. Then two steps, so that admission stands between them: `check_completion` looks at the
+fields alone and says how many sequences the request fans out to; `build_requests` tokenises and checks lengths. After these nobody checks
+a request again.
 """
 
 import asyncio
+import contextlib
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+
+import msgspec
 
 from engine.tokenizer import Tokenizer
 from engine.types import EngineInfo, GenerationRequest, SamplingParams
@@ -20,6 +24,7 @@ from server.schemas.completions import CompletionRequest, IdPrompts, TextPrompts
 
 DEFAULT_MAX_TOKENS = 16
 INLINE_CHARS = 2048  # up to this much text is tokenised on the event loop: a thread would cost more
+INLINE_BYTES = 64 * 1024  # the same for reading a body
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +52,16 @@ class CompletionPlan:
     def num_sequences(self) -> int:
         """How many sequences the engine will run for it."""
         return len(self.prompts) * self.num_candidates
+
+
+async def read_completion(content: bytes, *, limits: Limits) -> CompletionRequest:
+    """The body as its wire type. Raises `InvalidRequest` for too many fields, else pydantic's `ValidationError`."""
+
+    def read() -> CompletionRequest:
+        _check_num_fields(content, limit=limits.max_fields)
+        return CompletionRequest.from_body(content, max_prompts=limits.max_prompts)
+
+    return read() if len(content) <= INLINE_BYTES else await asyncio.to_thread(read)
 
 
 def check_completion(body: CompletionRequest, *, limits: Limits, info: EngineInfo, model_name: str, eos_token: int) -> CompletionPlan:
@@ -94,13 +109,20 @@ def check_completion(body: CompletionRequest, *, limits: Limits, info: EngineInf
 
 
 async def build_requests(
-    plan: CompletionPlan, *, tokenizer: Tokenizer | None, bos_token: int, info: EngineInfo, request_id: str, arrival_s: float | None = None
+    plan: CompletionPlan,
+    *,
+    tokenizer: Tokenizer | None,
+    bos_token: int,
+    info: EngineInfo,
+    limits: Limits,
+    request_id: str,
+    arrival_s: float | None = None,
 ) -> tuple[GenerationRequest, ...]:
     """One request per prompt and candidate, prompt-major.
 
     Raises `InvalidRequest` for ids outside the vocabulary, and for text or stop strings without a tokenizer; `ContextLengthExceeded` where
     prompt and output do not fit `info.max_model_len`. An explicit `max_tokens` must fit; the default shrinks to the room there is, down to
-    one token.
+    one token. `InvalidRequest` also for more log-probabilities than one answer may hold.
     """
     if tokenizer is None and plan.stop:
         raise InvalidRequest("this server runs without a tokenizer and sees no text to stop at: use stop_token_ids", param="stop")
@@ -108,10 +130,11 @@ async def build_requests(
     id_prompts = await _tokenized(plan, tokenizer=tokenizer, bos_token=bos_token)
     requests: list[GenerationRequest] = []
     for prompt_index, ids in enumerate(id_prompts):
+        max_tokens = _max_tokens(plan, prompt_len=len(ids), info=info)  # first: it bounds the ids to look at
         _check_ids(ids, vocab_size=info.vocab_size, param="prompt")
         sampling = replace(
             plan.sampling,
-            max_tokens=_max_tokens(plan, prompt_len=len(ids), info=info),
+            max_tokens=max_tokens,
             seed=secrets.randbits(63) if plan.seed is None else plan.seed,
         )
         requests += [
@@ -125,7 +148,42 @@ async def build_requests(
             )
             for choice in range(plan.num_candidates)
         ]
+    _check_answer_size(plan, requests, limit=limits.max_answer_logprobs)
     return tuple(requests)
+
+
+class _FieldName(str):
+    """A type of its own, so that the decoder asks about each name."""
+
+    __slots__ = ()
+
+
+def _check_num_fields(content: bytes, *, limit: int) -> None:
+    """Stop at the first field too many, having built nothing. What is no JSON object is left to the real parser to explain."""
+    num_fields = 0
+
+    def count(_: type, name: str) -> _FieldName:
+        nonlocal num_fields
+        num_fields += 1
+        if num_fields > limit:
+            raise InvalidRequest(f"the body has more than {limit:,} fields")
+        return _FieldName(name)
+
+    with contextlib.suppress(msgspec.MsgspecError, UnicodeError, RecursionError):
+        msgspec.json.decode(content, type=dict[_FieldName, msgspec.Raw], dec_hook=count)
+
+
+def _check_answer_size(plan: CompletionPlan, requests: Sequence[GenerationRequest], *, limit: int) -> None:
+    """Bound what the answer's log-probabilities hold in memory: of each token, the chosen one's and the top ones'."""
+    if plan.logprobs is None:
+        return
+    num_tokens = sum(request.sampling.max_tokens + plan.echo * len(request.prompt_token_ids) for request in requests)
+    if num_tokens * (plan.logprobs + 1) > limit:
+        raise InvalidRequest(
+            f"logprobs {plan.logprobs} of up to {num_tokens:,} tokens are {num_tokens * (plan.logprobs + 1):,} numbers, the limit is "
+            f"{limit:,} in one answer; lower logprobs, or send fewer prompts or choices per request",
+            param="logprobs",
+        )
 
 
 def _check_options(body: SamplingFields, *, limits: Limits) -> None:

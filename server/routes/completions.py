@@ -1,10 +1,12 @@
 """`POST /v1/completions`: read, check, admit, tokenise, run, answer."""
 
+import asyncio
 import re
 import time
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Annotated
 
 import msgspec
@@ -14,7 +16,7 @@ from starlette.responses import Response
 from engine.types import EngineInfo
 from server.answer import CompletionAnswer
 from server.errors import translated
-from server.preprocess import CompletionPlan, build_requests, check_completion
+from server.preprocess import CompletionPlan, build_requests, check_completion, read_completion
 from server.schemas.common import json_answer, json_request
 from server.schemas.completions import Completion, CompletionRequest
 from server.services import FromApp
@@ -23,6 +25,7 @@ from server.streaming import CompletionStream, unless_disconnected
 router = APIRouter()
 
 IGNORED_FIELDS_HEADER = "x-ignored-fields"
+INLINE_LOGPROBS = 500  # tokens with log-probabilities that are encoded on the event loop: a thread would cost more
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +42,7 @@ async def admitted(request: Request, services: FromApp) -> AsyncIterator[Admitte
     """Read, check and admit; FastAPI leaves this after the last byte of the answer, which gives the place back."""
     arrival_s = time.monotonic()
     info = services.admission.check_open()
-    body = CompletionRequest.from_body(await request.body(), max_prompts=services.limits.max_prompts)
+    body = await read_completion(await request.body(), limits=services.limits)
     plan = check_completion(body, limits=services.limits, info=info, model_name=services.model_name, eos_token=services.model.eos_token)
     with services.admission.permit(plan.num_sequences):
         headers = ignored_fields_header(body.unknown_fields, limit=services.limits.max_ignored_fields)
@@ -55,6 +58,7 @@ async def create_completion(request: Request, services: FromApp, admission: Anno
         tokenizer=services.tokenizer,
         bos_token=services.model.bos_token,
         info=admission.info,
+        limits=services.limits,
         request_id=request_id,
         arrival_s=admission.arrival_s,
     )
@@ -64,7 +68,23 @@ async def create_completion(request: Request, services: FromApp, admission: Anno
             answer, keep_alive_s=services.limits.keep_alive_s, translate=partial(translated, request), headers=admission.headers
         )
     whole = await unless_disconnected(request.receive, answer.collect())
-    return Response(msgspec.json.encode(whole), media_type="application/json", headers=admission.headers)
+    return Response(await encoded(whole), media_type="application/json", headers=admission.headers)
+
+
+async def encoded(whole: Completion) -> bytes:
+    """The answer as JSON, made in a thread where it is large.
+
+    The encoder keeps the interpreter to itself while it runs, so a large answer is encoded choice by choice.
+    """
+    num_logprobs = sum(len(choice.logprobs.tokens) for choice in whole.choices if choice.logprobs is not None)
+    if num_logprobs <= INLINE_LOGPROBS:
+        return msgspec.json.encode(whole)
+
+    def encode() -> bytes:
+        choices = [msgspec.Raw(msgspec.json.encode(choice)) for choice in whole.choices]
+        return msgspec.json.encode(msgspec.structs.replace(whole, choices=choices))
+
+    return await asyncio.to_thread(encode)
 
 
 def ignored_fields_header(names: Iterable[str], *, limit: int) -> dict[str, str]:
@@ -72,7 +92,7 @@ def ignored_fields_header(names: Iterable[str], *, limit: int) -> dict[str, str]
 
     At most `limit` names of at most 64 characters each, then `...`; characters a header cannot carry become `?`.
     """
-    safe = [re.sub(r"[^A-Za-z0-9_.-]", "?", name[:64]) for name in names]
+    safe = [re.sub(r"[^A-Za-z0-9_.-]", "?", name[:64]) for name in islice(names, limit + 1)]
     if not safe:
         return {}
     return {IGNORED_FIELDS_HEADER: ", ".join(safe[:limit] + ["..."] * (len(safe) > limit))}

@@ -2,11 +2,13 @@
 
 import json
 import string
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from typing import Any
 
 import anyio
 import httpx
+import msgspec
 import pytest
 from fake_engine import VOCAB_SIZE, FakeEngineClient, engine_info, tiny_config
 from hypothesis import HealthCheck, given, settings
@@ -15,7 +17,9 @@ from tiny_tokenizer import tiny_tokenizer
 
 from server.app import create_app
 from server.limits import Limits
-from server.schemas.completions import CompletionRequest
+from server.preprocess import read_completion
+from server.routes.completions import encoded
+from server.schemas.completions import Completion, CompletionChoice, CompletionRequest, Logprobs
 
 JSON = {"content-type": "application/json"}
 INT64 = 2**63
@@ -184,9 +188,9 @@ MALFORMED: list[bytes] = [
 class Server:
     """The application in process, asked from synchronous tests."""
 
-    def __init__(self, engine: FakeEngineClient) -> None:
+    def __init__(self, engine: FakeEngineClient, *, limits: Limits | None = None) -> None:
         self.engine = engine
-        limits = replace(Limits(), keep_alive_s=5.0)
+        limits = limits or replace(Limits(), keep_alive_s=5.0)
         self.app = create_app(client=self.engine, tokenizer=tiny_tokenizer(), model=tiny_config(), model_name="tiny", limits=limits)
 
     def post(self, content: bytes) -> httpx.Response:
@@ -279,6 +283,119 @@ def test_a_hostile_list_makes_a_short_message(server: Server):
 
         assert_sane(response, server)
         assert response.json()["error"]["param"] == name
+
+
+def test_fields_are_taken_up_to_the_limit_and_refused_past_it(server: Server):
+    def body(num_fields: int) -> bytes:
+        return json.dumps({"prompt": [7]} | {f"unknown{number}": 1 for number in range(num_fields - 1)}).encode()
+
+    at_limit = server.post(body(Limits.max_fields))
+    past_it = server.post(body(Limits.max_fields + 1))
+    the_same_again = server.post(b'{"prompt": [7]' + b', "n": 1' * Limits.max_fields + b"}")
+
+    assert at_limit.status_code == 200
+    assert at_limit.headers["x-ignored-fields"].endswith("unknown15, ...")
+    assert past_it.status_code == the_same_again.status_code == 400
+    assert "256 fields" in past_it.json()["error"]["message"]
+
+
+def test_a_nested_object_is_not_counted_as_fields(server: Server):
+    assert server.post(json.dumps({"prompt": [7], "metadata": {str(key): 1 for key in range(500)}}).encode()).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "num_logprobs"),
+    [
+        ({"prompt": [[7] * 20] * 4, "n": 2, "max_tokens": 5, "logprobs": 3}, 4 * 2 * 5 * 4),
+        ({"prompt": [[7] * 20] * 4, "n": 2, "max_tokens": 5, "logprobs": 3, "echo": True}, 4 * 2 * 25 * 4),
+        ({"prompt": [7] * 20, "n": 1, "best_of": 3, "max_tokens": 5, "logprobs": 0}, 3 * 5),
+    ],
+)
+def test_log_probabilities_are_given_up_to_the_limit_and_refused_past_it(body: dict[str, Any], num_logprobs: int):
+    class AtLimit(Limits):
+        max_answer_logprobs = num_logprobs
+
+    class PastIt(Limits):
+        max_answer_logprobs = num_logprobs - 1
+
+    taken = Server(FakeEngineClient(), limits=AtLimit()).post(json.dumps(body).encode())
+    refused = Server(FakeEngineClient(), limits=PastIt()).post(json.dumps(body).encode())
+
+    assert taken.status_code == 200
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "logprobs"
+    assert f"{num_logprobs:,}" in refused.json()["error"]["message"]
+
+
+def test_what_evaluations_ask_for_is_below_the_limit_of_log_probabilities():
+    server = Server(FakeEngineClient(info=engine_info(max_model_len=1024)))
+    body = {"prompt": [7] * 1000, "n": 8, "max_tokens": 1, "logprobs": 20, "echo": True}
+
+    response = server.post(json.dumps(body).encode())
+
+    assert response.status_code == 200
+    assert [len(choice["logprobs"]["tokens"]) for choice in response.json()["choices"]] == [1001] * 8
+    assert list(response.json()) == ["id", "object", "created", "model", "system_fingerprint", "choices", "usage"]
+
+
+def test_large_bodies_that_mean_little_are_refused(server: Server):
+    many_fields = {f"unknown{number}": 1 for number in range(50_000)}
+
+    for body in (many_fields, {"prompt": [1] * 340_000}, {"prompt": "a" * 1_000_000}):
+        response = server.post(json.dumps(body).encode())
+
+        assert_sane(response, server)
+        assert response.status_code == 400
+
+
+def turns_during(work: Callable[[], Coroutine[Any, Any, object]]) -> int:
+    """How often others had their turn on the event loop while `work` ran."""
+
+    async def count() -> int:
+        num_turns = 0
+
+        async def others() -> None:
+            nonlocal num_turns
+            while True:
+                await anyio.sleep(0)
+                num_turns += 1
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(others)
+            await anyio.sleep(0)
+            before = num_turns
+            await work()
+            during = num_turns - before
+            tasks.cancel_scope.cancel()
+        return during
+
+    return anyio.run(count)
+
+
+def test_a_large_body_is_read_beside_the_event_loop_and_a_small_one_on_it():
+    def reading(num_ids: int) -> Callable[[], Coroutine[Any, Any, object]]:
+        return lambda: read_completion(json.dumps({"prompt": [1] * num_ids}).encode(), limits=Limits())
+
+    assert turns_during(reading(340_000)) > 0
+    assert turns_during(reading(100)) == 0
+
+
+def test_a_large_answer_is_encoded_beside_the_event_loop_and_reads_the_same():
+    def answer(num_tokens: int) -> Completion:
+        logprobs = Logprobs(
+            tokens=["a"] * num_tokens,
+            token_logprobs=[-0.5] * num_tokens,
+            top_logprobs=[{"a": -0.5}] * num_tokens,
+            text_offset=[0] * num_tokens,
+        )
+        choice = CompletionChoice(index=0, text="é", logprobs=logprobs, finish_reason="stop", stop_reason=None)
+        return Completion(id="cmpl-1", created=1, model="tiny", system_fingerprint="f", choices=[choice, choice])
+
+    large, small = answer(2000), answer(5)
+
+    assert turns_during(lambda: encoded(large)) > 0
+    assert turns_during(lambda: encoded(small)) == 0
+    assert anyio.run(encoded, large) == msgspec.json.encode(large)
 
 
 def test_a_secret_prompt_is_not_in_the_error(server: Server):
