@@ -56,11 +56,6 @@ class EngineClient(Protocol):
         """Requests are taken now."""
         ...
 
-    @property
-    def is_alive(self) -> bool:
-        """An engine process is connected, ready or starting."""
-        ...
-
     def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenDelta, None]:
         """Yield the deltas of one generation; the last one, and only that, has a finish reason.
 
@@ -86,16 +81,10 @@ class RemoteEngineClient:
         self._is_ready = False
         self._disconnected = asyncio.Event()
         self._mailboxes: dict[str, _Mailbox] = {}
-        self._idle = asyncio.Event()
-        self._idle.set()
 
     @property
     def is_ready(self) -> bool:
         return self._is_ready
-
-    @property
-    def is_alive(self) -> bool:
-        return self._channel is not None
 
     @property
     def num_open(self) -> int:
@@ -123,10 +112,6 @@ class RemoteEngineClient:
         """Return when the engine process has closed its end, which it does by ending."""
         await self._disconnected.wait()
 
-    async def wait_idle(self) -> None:
-        """Return when no generation is open."""
-        await self._idle.wait()
-
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenDelta, None]:
         """See `EngineClient.generate`."""
         mailbox = self._open(request)
@@ -153,7 +138,7 @@ class RemoteEngineClient:
                 self.stats = stats
                 self._deliver(deltas)
             case Refused(request_id=request_id, message=message):
-                if mailbox := self._end(request_id):
+                if mailbox := self._mailboxes.pop(request_id, None):
                     mailbox.fail(RequestError(message))
             case Report(progress=progress):
                 self.progress = progress
@@ -183,25 +168,20 @@ class RemoteEngineClient:
             raise EngineDiedError("no engine is ready; it is starting or restarting")
         assert request.request_id not in self._mailboxes, f"request id {request.request_id} is in use"
         mailbox = self._mailboxes[request.request_id] = _Mailbox()
-        self._idle.clear()
         self._channel.send(encode(Submit(request)))
         return mailbox
 
     def _deliver(self, deltas: list[TokenDelta]) -> None:
         for delta in deltas:
-            mailbox = self._mailboxes.get(delta.request_id) if delta.finish_reason is None else self._end(delta.request_id)
+            mailbox = self._mailboxes.get(delta.request_id)
+            if delta.finish_reason is not None:
+                self._mailboxes.pop(delta.request_id, None)
             if mailbox is not None:  # else it was aborted while the delta was on its way
                 mailbox.put(delta)
 
-    def _end(self, request_id: str) -> "_Mailbox | None":
-        mailbox = self._mailboxes.pop(request_id, None)
-        if not self._mailboxes:
-            self._idle.set()
-        return mailbox
-
     def _abandon(self, request_id: str, mailbox: "_Mailbox") -> None:
         if self._mailboxes.get(request_id) is mailbox:
-            self._end(request_id)
+            del self._mailboxes[request_id]
             if self._channel is not None:
                 self._channel.send(encode(Abort(request_id)))
 

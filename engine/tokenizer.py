@@ -68,10 +68,6 @@ class Tokenizer:
             raise ValueError(f"{len(self._model.pieces)} pieces in the file, {self.vocab_size} after loading")
         self._pieces = self._model.pieces
         self._surfaces = [self._surface_of(token_id) for token_id in range(self.vocab_size)]
-        self._ids = {piece: token_id for token_id, piece in enumerate(self._pieces)}
-        self.bos_id = self._id_or_none(self._special.bos_id())
-        self.eos_id = self._id_or_none(self._special.eos_id())
-        self.separator_id = self._ids.get("<|separator|>")
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
@@ -134,9 +130,6 @@ class Tokenizer:
     @cached_property
     def _continuing(self) -> sentencepiece.SentencePieceProcessor:
         return sentencepiece.SentencePieceProcessor(model_proto=self._model.without_markers() + _NO_DUMMY_PREFIX)
-
-    def _id_or_none(self, token_id: int) -> int | None:
-        return token_id if token_id >= 0 else None
 
     def _surface_of(self, token_id: int) -> str | int:
         piece, kind = self._pieces[token_id], self._model.types[token_id]

@@ -10,6 +10,7 @@ bytes arrive and never waits for the engine, so that the two cannot block each o
 """
 
 import asyncio
+import logging
 import socket
 import struct
 import threading
@@ -22,6 +23,8 @@ from engine.errors import TransportError
 PROTOCOL_VERSION = 1
 MAX_FRAME_BYTES = 64 << 20  # the largest message is a request of a full context, some hundred kilobytes
 SEND_TIMEOUT_S = 30
+
+log = logging.getLogger(__name__)
 
 _HEADER = struct.Struct("<BI")  # version, length of the payload
 _RECEIVE_BYTES = 256 << 10
@@ -131,7 +134,6 @@ class AsyncChannel(asyncio.Protocol):
     """The server's end, on the running event loop; made by `open_channel`."""
 
     def __init__(self, handler: FrameHandler) -> None:
-        self.error: TransportError | None = None  # why this side closed the channel, where it did
         self._handler = handler
         self._parser = FrameParser()
         self._transport: asyncio.Transport | None = None
@@ -153,7 +155,7 @@ class AsyncChannel(asyncio.Protocol):
             for payload in self._parser.feed(data):
                 self._handler.frame_received(payload)
         except TransportError as error:
-            self.error = error
+            log.error("the connection to the engine is closed: %s", error)
             self.close()
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002

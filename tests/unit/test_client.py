@@ -3,7 +3,6 @@
 import asyncio
 from contextlib import aclosing
 
-import anyio
 import pytest
 from fake_core import REFUSED, FakeCore, engine_options, options_info, request
 
@@ -124,8 +123,7 @@ async def test_cancelling_the_reader_aborts(client):
     await engine.turn()
 
     assert not engine.core.has_work
-    with anyio.fail_after(1):
-        await client.wait_idle()
+    assert client.num_open == 0
 
 
 async def test_a_finished_generation_sends_no_abort(client):
@@ -165,7 +163,6 @@ async def test_the_death_of_the_engine_fails_what_is_open_after_what_arrived(cli
     with pytest.raises(EngineDiedError):
         await anext(generation)
     assert not client.is_ready
-    assert not client.is_alive
     assert client.info is not None, "ranges stay known while the next engine starts"
 
 
@@ -180,7 +177,6 @@ async def test_another_engine_can_take_the_place_of_a_dead_one(client):
     first.channel.close()
 
     second = LocalEngine(client)
-    assert client.is_alive
     assert not client.is_ready
     second.become_ready()
     task = asyncio.create_task(collect(client, "a", max_tokens=2))

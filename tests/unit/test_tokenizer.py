@@ -61,10 +61,10 @@ def test_reference_cases_with_a_separator_become_ordinary_pieces_and_the_others_
         assert released.decode(ids) == case["text"]
 
 
-def test_the_released_tokenizer_knows_its_special_ids_and_names_every_token_differently(released: Tokenizer) -> None:
+def test_the_released_tokenizer_names_its_special_tokens_and_every_token_differently(released: Tokenizer) -> None:
     names = {released.token_name(token_id) for token_id in range(released.vocab_size)}
 
-    assert (released.bos_id, released.eos_id, released.separator_id) == (1, 2, 47)
+    assert [released.token_name(token_id) for token_id in (1, 2, 47)] == ["[BOS]", "[EOS]", "<|separator|>"]
     assert len(names) == released.vocab_size == 131072
 
 
@@ -171,10 +171,10 @@ def test_threads_encode_alike() -> None:
     assert together == alone
 
 
-def test_a_tokenizer_without_document_marks_has_none() -> None:
+def test_a_tokenizer_without_document_marks_encodes_as_any_other() -> None:
     tokenizer = Tokenizer(train(bos_id=-1, eos_id=-1, pad_id=-1, unk_id=0, user_defined_symbols=[], vocab_size=340))
 
-    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.separator_id) == (None, None, None)
+    assert tokenizer.decode(tokenizer.encode("the fox")) == "the fox"
 
 
 def test_the_tokenizer_is_found_in_the_model_directory(tmp_path: Path) -> None:
