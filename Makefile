@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-gpu check format bench lock wheel clean
+.PHONY: help install serve test check format bench lock wheel clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' Makefile | awk -F'|' '{printf "%-16s %s\n", $$1, $$2}'
@@ -23,9 +23,6 @@ serve: $(VENV)/.runtime ## serve the default model, or MODEL=DIR; PORT=, ARGS=
 
 test: $(VENV)/.dev ## run the whole test suite; ARGS= goes to pytest, WORKERS= sets how many processes
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
-
-test-gpu: $(VENV)/.dev ## run the tests that need a GPU
-	$(BIN)/python -m pytest -m gpu tests/gpu $(ARGS)
 
 check: $(VENV)/.dev ## format, lint, types, import rules, spelling, dependencies
 	$(BIN)/ruff format --check

@@ -8,7 +8,7 @@ import pytest
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
-# Before any of these modules is imported. A bare GPU machine runs tests/gpu without the checker.
+# Before any of these modules is imported. The checker may be missing, as where only the runtime is installed.
 if find_spec("jaxtyping") and find_spec("beartype"):
     from jaxtyping import install_import_hook
 
