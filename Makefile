@@ -1,4 +1,4 @@
-# One word each: `make serve`, `make test`. Needs only Python 3.11 or newer with pip; everything goes into $(VENV).
+# One word each: `make serve`, `make test`. Needs only Python 3.11 to 3.13 with pip; everything goes into $(VENV).
 #
 #   make serve                       install, then serve the default model
 #   make serve MODEL=DIR PORT=8080   another checkpoint, another port; ARGS="--dtype float32" passes any other flag
