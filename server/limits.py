@@ -1,12 +1,10 @@
 """The one table of limits. Every bound on what a client may send or hold is a field here, with a default that is safe on a public port.
 
 Settings fill it, `create_app` hands it out, each limit is checked by whoever its comment names, and tests try each at the cap and past it.
-A `ClassVar` is a bound that no client meets in earnest, so no setting moves it.
 Ranges that come from the model (vocabulary, context length) are the engine's facts and are not here.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,8 +26,8 @@ class Limits:
     max_stop_token_ids: int = 128
     max_logit_bias: int = 1024
     max_timeout_s: float = 3600.0
-    max_fields: ClassVar[int] = 256  # at the top of a body, unknown ones included
-    max_answer_logprobs: ClassVar[int] = 2_000_000  # of all candidates of one request; about 50 MB of JSON
+    max_fields: int = 256  # at the top of a body, unknown ones included
+    max_answer_logprobs: int = 2_000_000  # of all candidates of one request; about 50 MB of JSON
 
     # the server as a whole: server/admission.py
     max_queued_sequences: int = 256  # open beyond those the engine runs at once; 503

@@ -100,6 +100,10 @@ class Settings(BaseSettings):
     max_stop_token_ids: _Bound = Field(_LIMITS.max_stop_token_ids, description="stop token ids of one request")
     max_logit_bias: _Bound = Field(_LIMITS.max_logit_bias, description="entries of one logit_bias")
     max_timeout_s: _Seconds = Field(_LIMITS.max_timeout_s, description="longest timeout that a request may ask for, in seconds")
+    max_fields: _Count = Field(_LIMITS.max_fields, description="fields at the top of a body, unknown ones included")
+    max_answer_logprobs: _Count = Field(
+        _LIMITS.max_answer_logprobs, description="log-probabilities in one answer, over all its candidates and top entries"
+    )
     retry_after_s: _Seconds = Field(_LIMITS.retry_after_s, description="seconds after which a refused client may come back")
     keep_alive_s: _Seconds = Field(_LIMITS.keep_alive_s, description="seconds of silence on a stream before a keep-alive comment")
     max_message_chars: _Count = Field(_LIMITS.max_message_chars, description="characters of an error message")

@@ -289,9 +289,9 @@ def test_fields_are_taken_up_to_the_limit_and_refused_past_it(server: Server):
     def body(num_fields: int) -> bytes:
         return json.dumps({"prompt": [7]} | {f"unknown{number}": 1 for number in range(num_fields - 1)}).encode()
 
-    at_limit = server.post(body(Limits.max_fields))
-    past_it = server.post(body(Limits.max_fields + 1))
-    the_same_again = server.post(b'{"prompt": [7]' + b', "n": 1' * Limits.max_fields + b"}")
+    at_limit = server.post(body(Limits().max_fields))
+    past_it = server.post(body(Limits().max_fields + 1))
+    the_same_again = server.post(b'{"prompt": [7]' + b', "n": 1' * Limits().max_fields + b"}")
 
     assert at_limit.status_code == 200
     assert at_limit.headers["x-ignored-fields"].endswith("unknown15, ...")
@@ -312,14 +312,11 @@ def test_a_nested_object_is_not_counted_as_fields(server: Server):
     ],
 )
 def test_log_probabilities_are_given_up_to_the_limit_and_refused_past_it(body: dict[str, Any], num_logprobs: int):
-    class AtLimit(Limits):
-        max_answer_logprobs = num_logprobs
+    at_limit = Limits(max_answer_logprobs=num_logprobs)
+    past_it = Limits(max_answer_logprobs=num_logprobs - 1)
 
-    class PastIt(Limits):
-        max_answer_logprobs = num_logprobs - 1
-
-    taken = Server(FakeEngineClient(), limits=AtLimit()).post(json.dumps(body).encode())
-    refused = Server(FakeEngineClient(), limits=PastIt()).post(json.dumps(body).encode())
+    taken = Server(FakeEngineClient(), limits=at_limit).post(json.dumps(body).encode())
+    refused = Server(FakeEngineClient(), limits=past_it).post(json.dumps(body).encode())
 
     assert taken.status_code == 200
     assert refused.status_code == 400

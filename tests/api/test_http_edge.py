@@ -169,8 +169,8 @@ def test_the_documented_sizes_are_the_limits():
 
     assert f"| 413 | `body_too_large` | more than {limits.max_body_bytes / 2**20:g} MiB |" in document
     assert f"| 431 | `headers_too_large` | more than {limits.max_header_bytes / 2**10:g} KiB |" in document
-    assert f"a body of more than {Limits.max_fields} fields is 400" in document
-    assert f"are at most {Limits.max_answer_logprobs:,}." in document
+    assert f"a body of more than {Limits().max_fields} fields is 400" in document
+    assert f"are at most {Limits().max_answer_logprobs:,}." in document
 
 
 def test_a_client_that_sends_too_much_still_reads_why(live_url: str):
