@@ -3,6 +3,7 @@
 Streamed and whole answers are built from the same functions, so that their shapes cannot drift apart.
 """
 
+import asyncio
 import math
 import time
 from collections.abc import Iterable, Sequence
@@ -18,6 +19,7 @@ from server.schemas.completions import Completion, CompletionChoice, Logprobs
 from server.services import Services
 
 NO_PROBABILITY = -9999.0  # JSON has no infinity
+INLINE_LOGPROBS = 500  # tokens with log-probabilities that are handled on the event loop: a thread would cost more
 
 
 class CompletionAnswer:
@@ -71,6 +73,11 @@ class CompletionAnswer:
                 for update in await generations.next_updates():
                     updates[update.sequence].append(update)
                     num_open -= update.chunk.finish_reason is not None
+        num_logprobs = sum(len(update.chunk.logprobs) for of_one in updates for update in of_one)
+        return self._whole(updates) if num_logprobs <= INLINE_LOGPROBS else await asyncio.to_thread(self._whole, updates)
+
+    def _whole(self, updates: list[list[Update]]) -> Completion:
+        """The answer to everything that arrived, by sequence."""
         choices: list[CompletionChoice] = []
         for prompt in range(len(self.plan.prompts)):
             first = prompt * self.plan.num_candidates

@@ -14,7 +14,7 @@ from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
 from engine.types import EngineInfo
-from server.answer import CompletionAnswer
+from server.answer import INLINE_LOGPROBS, CompletionAnswer
 from server.errors import translated
 from server.preprocess import CompletionPlan, build_requests, check_completion, read_completion
 from server.schemas.common import json_answer, json_request
@@ -25,7 +25,6 @@ from server.streaming import CompletionStream, unless_disconnected
 router = APIRouter()
 
 IGNORED_FIELDS_HEADER = "x-ignored-fields"
-INLINE_LOGPROBS = 500  # tokens with log-probabilities that are encoded on the event loop: a thread would cost more
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
