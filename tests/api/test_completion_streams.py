@@ -243,10 +243,14 @@ def test_a_failure_before_the_first_piece_keeps_its_own_status(live_url: str, en
 
 def test_open_streams_are_told_when_the_engine_dies(live_url: str, engine: FakeEngineClient):
     engine.script = one_token_then(HANG)
-    threading.Timer(0.2, engine.die).start()
 
-    last = frames(stream(live_url, prompt=[7]))[-1]
+    with httpx.stream("POST", f"{live_url}/v1/completions", json={"stream": True, "prompt": [7]}) as response:
+        lines = response.iter_lines()
+        first = next(lines)
+        engine.die()
+        *_, last = (line for line in lines if line)
 
+    assert json.loads(first.removeprefix("data: "))["choices"]
     assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_restarting"
 
 
