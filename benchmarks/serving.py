@@ -123,7 +123,7 @@ async def stream_rate(url: str, num_streams: int, num_tokens: int) -> float:
 @contextmanager
 def running_server(model_dir: Path):
     """The command on a free port; yields its address."""
-    command = [Path(sys.executable).with_name("grok-server"), "serve", "--model", str(model_dir), "--port", "0"]
+    command = [Path(sys.executable).with_name("grok-server"), "serve", "--model", str(model_dir), "--port", "0", "--log-level", "warning"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         try:
