@@ -7,6 +7,7 @@ a request again.
 
 import asyncio
 import contextlib
+import hashlib
 import secrets
 import time
 from collections.abc import Mapping, Sequence
@@ -47,11 +48,22 @@ class CompletionPlan:
     stream: bool
     include_usage: bool
     timeout_s: float | None
+    tenant: str
+    priority: int
+    cache_salt: str
 
     @property
     def num_sequences(self) -> int:
         """How many sequences the engine will run for it."""
         return len(self.prompts) * self.num_candidates
+
+    def min_worst_case_tokens(self, *, max_model_len: int) -> int:
+        """What `worst_case_tokens` will be at least: known before tokenising, when of a text only its one first token is certain.
+
+        A prompt that is too long counts as a whole context: it is refused in its own words later.
+        """
+        lengths = (1 if isinstance(prompt, str) else len(prompt) for prompt in self.prompts)
+        return self.num_candidates * sum(min(length + (self.max_tokens or 0), max_model_len) for length in lengths)
 
 
 async def read_completion(content: bytes, *, limits: Limits) -> CompletionRequest:
@@ -105,6 +117,9 @@ def check_completion(body: CompletionRequest, *, limits: Limits, info: EngineInf
         stream=body.stream,
         include_usage=body.stream_options is not None and body.stream_options.include_usage,
         timeout_s=body.timeout,
+        tenant=tenant_of(body.user),
+        priority=body.priority,
+        cache_salt=composed_salt(body.cache_salt or ""),
     )
 
 
@@ -121,8 +136,8 @@ async def build_requests(
     """One request per prompt and candidate, prompt-major.
 
     Raises `InvalidRequest` for ids outside the vocabulary, and for text or stop strings without a tokenizer; `ContextLengthExceeded` where
-    prompt and output do not fit `info.max_model_len`. An explicit `max_tokens` must fit; the default shrinks to the room there is, down to
-    one token. `InvalidRequest` also for more log-probabilities than one answer may hold.
+    prompt and output do not fit the context or the whole cache. An explicit `max_tokens` must fit; the default shrinks to the room there
+    is, down to one token. `InvalidRequest` also for more log-probabilities than one answer may hold.
     """
     if tokenizer is None and plan.stop:
         raise InvalidRequest("this server runs without a tokenizer and sees no text to stop at: use stop_token_ids", param="stop")
@@ -145,11 +160,36 @@ async def build_requests(
                 choice=choice,
                 arrival_s=arrival_s,
                 deadline_s=None if plan.timeout_s is None else arrival_s + plan.timeout_s,
+                tenant=plan.tenant,
+                priority=plan.priority,
+                cache_salt=plan.cache_salt,
             )
             for choice in range(plan.num_candidates)
         ]
     _check_answer_size(plan, requests, limit=limits.max_answer_logprobs)
     return tuple(requests)
+
+
+def worst_case_tokens(requests: Sequence[GenerationRequest]) -> int:
+    """The places in the cache that these requests need when every one of them is generated to its end and none shares a block."""
+    return sum(len(request.prompt_token_ids) + request.sampling.max_tokens for request in requests)
+
+
+def tenant_of(user: str | None) -> str:
+    """Who shares the engine fairly with others, as long as there are no API keys: whoever sends the same `user`.
+
+    A digest, so that it is short whatever the client sends and so that no name of a person reaches the engine.
+    """
+    return f"user-{hashlib.sha256(user.encode()).hexdigest()[:32]}" if user else ""
+
+
+def composed_salt(cache_salt: str, *, key_tenant: str = "") -> str:
+    """What the prefix cache keeps apart: tenants of different API keys always, and within one those that ask for it by a `cache_salt`.
+
+    `user` has no part in it: anybody can write any name there, and users of one key may share what they have in common. The length in
+    front keeps two parts from being taken for two others.
+    """
+    return f"{len(key_tenant)}:{key_tenant}:{cache_salt}"
 
 
 class _FieldName(str):
@@ -288,12 +328,17 @@ async def _tokenized(plan: CompletionPlan, *, tokenizer: Tokenizer | None, bos_t
 
 
 def _max_tokens(plan: CompletionPlan, *, prompt_len: int, info: EngineInfo) -> int:
-    room = info.max_model_len - prompt_len
+    limit = min(info.max_model_len, info.num_blocks * info.block_size)
+    room = limit - prompt_len
     wanted = max(min(DEFAULT_MAX_TOKENS, room), plan.sampling.min_tokens, 1) if plan.max_tokens is None else plan.max_tokens
     if wanted > room:
         raise ContextLengthExceeded(
-            f"the prompt is {prompt_len:,} tokens and {shown(wanted)} more are asked for, the model takes {info.max_model_len:,} together; "
+            f"the prompt is {prompt_len:,} tokens and {shown(wanted)} more are asked for, {_what_takes(limit, info=info)} together; "
             "shorten the prompt or lower max_tokens",
             param="prompt" if room < 0 else "max_tokens",
         )
     return wanted
+
+
+def _what_takes(limit: int, *, info: EngineInfo) -> str:
+    return f"the model takes {limit:,}" if limit == info.max_model_len else f"the whole cache holds {limit:,}"

@@ -10,6 +10,7 @@ import msgspec
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema, model_validator
 
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
+MAX_PRIORITY = 1000
 
 
 class WireModel(BaseModel):
@@ -91,7 +92,7 @@ class SamplingFields(WireModel):
     logit_bias: LogitBias = Field(default_factory=dict)
     stream: bool = False
     stream_options: StreamOptions | None = None
-    user: str | None = None
+    user: str | None = None  # without API keys: the tenant, see `server/preprocess.py`
     metadata: Any = None
     store: Any = None
     service_tier: Any = None
@@ -108,6 +109,8 @@ class SamplingFields(WireModel):
     skip_special_tokens: bool = True
     return_tokens_as_token_ids: bool = False
     timeout: float | None = Field(None, gt=0)  # seconds from arrival
+    priority: int = Field(0, ge=-MAX_PRIORITY, le=MAX_PRIORITY)  # within the tenant; the higher goes first
+    cache_salt: str | None = Field(None, min_length=1)
 
 
 class PromptTokensDetails(msgspec.Struct, frozen=True, kw_only=True):

@@ -132,6 +132,14 @@ REFUSED: list[tuple[dict[str, Any], str | None]] = [
     ({"timeout": -1}, "timeout"),
     ({"timeout": 3601}, "timeout"),
     ({"timeout": "5"}, "timeout"),
+    ({"priority": 1001}, "priority"),
+    ({"priority": -1001}, "priority"),
+    ({"priority": 10**30}, "priority"),
+    ({"priority": 1.0}, "priority"),
+    ({"priority": True}, "priority"),
+    ({"cache_salt": ""}, "cache_salt"),
+    ({"cache_salt": 5}, "cache_salt"),
+    ({"cache_salt": ["a"]}, "cache_salt"),
 ]
 
 ACCEPTED: list[dict[str, Any]] = [
@@ -161,6 +169,11 @@ ACCEPTED: list[dict[str, Any]] = [
     {"repetition_penalty": 0.01},
     {"repetition_penalty": 100},
     {"timeout": 3600},
+    {"priority": 1000},
+    {"priority": -1000},
+    {"cache_salt": "x"},
+    {"user": ""},
+    {"user": "x" * 100_000},
     {"suffix": ""},
     {"stream": True, "stream_options": {"unknown": 1}},
 ]
