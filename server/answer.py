@@ -90,7 +90,10 @@ class CompletionAnswer:
         return self._completion(choices, self.usage())
 
     def usage(self) -> Usage:
-        """Tokens of all sequences, those of candidates that were not chosen included; each prompt once."""
+        """Tokens of all sequences, those of candidates that were not chosen included; each prompt once.
+
+        What was cached of a prompt is what its first candidate found: the others find what that one has just computed.
+        """
         first_of_prompt = range(0, len(self._requests), self.plan.num_candidates)
         prompt_tokens = sum(self._texts[sequence].num_prompt_tokens for sequence in first_of_prompt)
         completion_tokens = sum(text.num_completion_tokens for text in self._texts)

@@ -7,14 +7,16 @@
     ├── BodyTimeout               408     body_timeout
     ├── BodyTooLarge              413     body_too_large
     ├── UnsupportedBody           415     unsupported_body
+    ├── QuotaExceeded             429     rate_limit_exceeded
     ├── HeadersTooLarge           431     headers_too_large
     ├── InternalError             500     internal_error
     ├── Unavailable               503     server_overloaded, shutting_down, model_loading, engine_restarting
     └── DeadlineExceeded          504     deadline_exceeded
 
 The body is `{"error": {"message", "type", "param", "code"}}`: all four always there, `type` is `invalid_request_error` below 500 and
-`server_error` from there on, `code` a string or null, `param` a bare field name or null. What a retry cannot cure says
-`x-should-retry: false`; 503 says when to come back. Messages are bounded and hold no prompt, no path and no traceback.
+`server_error` from there on (with 429, as OpenAI has it, what there is too much of: `requests` or `tokens`), `code` a string or null,
+`param` a bare field name or null. What a retry cannot cure says `x-should-retry: false`; 429 and 503 say when to come back. Messages are
+bounded and hold no prompt, no path and no traceback.
 """
 
 import math
@@ -46,6 +48,11 @@ class ApiError(Exception):
         super().__init__(message)
         self.message = message
         self.param = param
+
+    @property
+    def kind(self) -> str:
+        """The body's `type`."""
+        return "invalid_request_error" if self.status < 500 else "server_error"
 
     @property
     def headers(self) -> dict[str, str]:
@@ -116,20 +123,43 @@ class InternalError(ApiError):
     code = "internal_error"
 
 
-class Unavailable(ApiError):
-    """Not now. `code` says why; the client may come back after `retry_after_s`."""
+class _NotNow(ApiError):
+    """The same request may be taken later; the client may come back after `retry_after_s`."""
 
-    status = 503
     is_retryable = True
 
-    def __init__(self, message: str, *, code: str, retry_after_s: float) -> None:
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
         super().__init__(message)
-        self.code = code
         self.retry_after_s = retry_after_s
 
     @property
     def headers(self) -> dict[str, str]:
         return {"retry-after": str(math.ceil(self.retry_after_s)), "retry-after-ms": str(math.ceil(self.retry_after_s * 1000))}
+
+
+class QuotaExceeded(_NotNow):
+    """One tenant has too much open already. `kind` is what: `requests` or `tokens`."""
+
+    status = 429
+    code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, *, kind: str, retry_after_s: float) -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
+        self._kind = kind
+
+    @property
+    def kind(self) -> str:
+        return self._kind
+
+
+class Unavailable(_NotNow):
+    """Nobody is served more now; `code` says why."""
+
+    status = 503
+
+    def __init__(self, message: str, *, code: str, retry_after_s: float) -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
+        self.code = code
 
 
 class DeadlineExceeded(ApiError):
@@ -141,8 +171,7 @@ class DeadlineExceeded(ApiError):
 
 def error_body(error: ApiError) -> dict[str, Any]:
     """OpenAI's error object, with all four fields."""
-    kind = "invalid_request_error" if error.status < 500 else "server_error"
-    return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
+    return {"error": {"message": error.message, "type": error.kind, "param": error.param, "code": error.code}}
 
 
 def error_response(error: ApiError) -> JSONResponse:

@@ -267,6 +267,20 @@ def test_what_cannot_fit_the_context_is_refused_with_the_counts(server: Server, 
     assert "256" in error["message"]
 
 
+@pytest.mark.parametrize(("prompt", "max_tokens"), [([1] * 60, 5), ([1] * 65, 0), ([1] * 65, None), ("word " * 100, 4)])
+def test_what_the_whole_cache_could_never_hold_is_refused_with_the_counts(prompt: object, max_tokens: int | None):
+    server = Server(FakeEngineClient(info=replace(engine_info(), num_blocks=4, block_size=16)))
+
+    refused = server.post(json.dumps({"prompt": prompt, "max_tokens": max_tokens}).encode())
+    at_the_edge = server.post(json.dumps({"prompt": [1] * 60, "max_tokens": 4}).encode())
+
+    assert_sane(refused, server)
+    assert refused.json()["error"]["code"] == "context_length_exceeded"
+    assert "the whole cache holds 64" in refused.json()["error"]["message"]
+    assert [len(request.prompt_token_ids) for request in server.engine.submitted] == [60]
+    assert at_the_edge.status_code == 200
+
+
 def test_what_is_no_object_is_called_by_its_name(server: Server):
     field = server.post(b'{"stream_options": "a", "stream": true}').json()["error"]
     body = server.post(b'"a"').json()["error"]

@@ -5,6 +5,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import httpx
 import pytest
@@ -109,6 +110,19 @@ def test_usage_comes_in_one_last_chunk_without_choices(live_url: str):
     assert last["choices"] == []
     assert last["usage"]["prompt_tokens"] == 3
     assert last["usage"]["completion_tokens"] == 12
+    assert last["usage"]["prompt_tokens_details"] == {"cached_tokens": 0}
+
+
+def test_the_usage_of_a_stream_tells_what_was_cached_of_each_prompt(live_url: str, engine: FakeEngineClient):
+    def script(request: GenerationRequest) -> list[TokenDelta]:
+        num_cached = 32 if request.choice else 16
+        return [replace(delta, num_cached_tokens=num_cached) for delta in counting_script(request)]
+
+    engine.script = script
+
+    answers = chunks(stream(live_url, prompt=[[7] * 40, [8] * 40], n=2, max_tokens=3, stream_options={"include_usage": True}))
+
+    assert answers[-1]["usage"]["prompt_tokens_details"] == {"cached_tokens": 32}
 
 
 def test_obfuscation_is_accepted_and_left_out(live_url: str):

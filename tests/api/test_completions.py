@@ -3,10 +3,12 @@
 import json
 import math
 import time
+from collections.abc import Callable
+from dataclasses import replace
 
 import httpx
 import pytest
-from fake_engine import VOCAB_SIZE, FakeEngineClient, fake_logprob, tokens_script
+from fake_engine import VOCAB_SIZE, FakeEngineClient, counting_script, fake_logprob, tokens_script
 from fastapi import FastAPI
 from tiny_tokenizer import tiny_tokenizer
 
@@ -20,6 +22,15 @@ async def complete(http: httpx.AsyncClient, **body: object) -> dict:
     response = await http.post("/v1/completions", json=body)
     assert response.status_code == 200, response.text
     return response.json()
+
+
+def cached_script(num_cached: Callable[[GenerationRequest], int]):
+    """The usual tokens, by an engine that found so many of the prompt's in its cache."""
+
+    def script(request: GenerationRequest) -> list[TokenDelta]:
+        return [replace(delta, num_cached_tokens=num_cached(request)) for delta in counting_script(request)]
+
+    return script
 
 
 def text_script(text: str):
@@ -284,6 +295,32 @@ async def test_cached_tokens_are_reported_once_per_prompt(http: httpx.AsyncClien
     answer = await complete(http, prompt=[[7] * 20, [8] * 20], n=2, max_tokens=1)
 
     assert answer["usage"]["prompt_tokens_details"] == {"cached_tokens": 32}
+
+
+@pytest.mark.parametrize("fields", [{"n": 3}, {"best_of": 3}])
+async def test_what_one_candidate_computes_for_the_next_does_not_count_as_cached(
+    http: httpx.AsyncClient, engine: FakeEngineClient, fields: dict
+):
+    engine.script = cached_script(lambda request: 32 if request.choice else 16)
+
+    answer = await complete(http, prompt=[[7] * 40, [7] * 40], max_tokens=2, **fields)
+
+    assert answer["usage"]["prompt_tokens_details"] == {"cached_tokens": 32}
+    assert answer["usage"]["prompt_tokens"] == 80
+
+
+async def test_cached_tokens_are_those_of_the_first_run_also_where_an_engine_without_a_cache_went_on(
+    http: httpx.AsyncClient, engine: FakeEngineClient
+):
+    def script(request: GenerationRequest) -> list[TokenDelta]:
+        first, *others = cached_script(lambda _: 16)(request)
+        return [first, *(replace(delta, num_cached_tokens=0) for delta in others)]
+
+    engine.script = script
+
+    answer = await complete(http, prompt=[7] * 20, max_tokens=3)
+
+    assert answer["usage"]["prompt_tokens_details"] == {"cached_tokens": 16}
 
 
 async def test_unknown_fields_are_ignored_and_named_in_a_header(http: httpx.AsyncClient):
