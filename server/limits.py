@@ -25,13 +25,17 @@ class Limits:
     max_stop_chars: int = 256  # of one stop string
     max_stop_token_ids: int = 128
     max_logit_bias: int = 1024
+    max_cache_salt_chars: int = 256
     max_timeout_s: float = 3600.0
     max_fields: int = 256  # at the top of a body, unknown ones included
     max_answer_logprobs: int = 2_000_000  # of all candidates of one request; about 50 MB of JSON
 
     # the server as a whole: server/admission.py
     max_queued_sequences: int = 256  # open beyond those the engine runs at once; 503
-    retry_after_s: float = 1.0  # told with every 503
+    max_queued_tokens: int = 2**21  # prompt plus max_tokens of all that is open, beyond what the cache holds; 503
+    max_tenant_sequences: int | None = None  # open at once of one tenant; None: as many as the server takes; 429
+    max_tenant_tokens: int | None = None  # the same, prompt plus max_tokens; 429
+    retry_after_s: float = 1.0  # told with every 429 and 503
 
     # what goes out
     keep_alive_s: float = 15.0  # silence on a stream before a comment

@@ -237,6 +237,8 @@ def _check_options(body: SamplingFields, *, limits: Limits) -> None:
         raise InvalidRequest(f"{len(body.stop):,} stop strings, the limit is {limits.max_stop_strings}", param="stop")
     if any(len(string) > limits.max_stop_chars for string in body.stop):
         raise InvalidRequest(f"a stop string has more than {limits.max_stop_chars} characters", param="stop")
+    if body.cache_salt is not None and len(body.cache_salt) > limits.max_cache_salt_chars:
+        raise InvalidRequest(f"cache_salt has more than {limits.max_cache_salt_chars} characters", param="cache_salt")
     if len(body.stop_token_ids) > limits.max_stop_token_ids:
         raise InvalidRequest(
             f"{len(body.stop_token_ids):,} stop token ids, the limit is {limits.max_stop_token_ids}", param="stop_token_ids"

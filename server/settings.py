@@ -87,6 +87,16 @@ class Settings(BaseSettings):
 
     # limits; server/limits.py says who checks which
     max_num_queued_reqs: _Bound = Field(_LIMITS.max_queued_sequences, description="sequences waiting beyond those running; more get a 503")
+    max_num_queued_tokens: _Bound = Field(
+        _LIMITS.max_queued_tokens, description="tokens (prompt plus max_tokens) open beyond what the KV cache holds; more get a 503"
+    )
+    max_tenant_sequences: _Count | None = Field(
+        _LIMITS.max_tenant_sequences, description="sequences of one tenant open at once; more get a 429 (default: no bound of its own)"
+    )
+    max_tenant_tokens: _Count | None = Field(
+        _LIMITS.max_tenant_tokens,
+        description="tokens (prompt plus max_tokens) of one tenant open at once; more get a 429 (default: no bound)",
+    )
     max_header_bytes: _Count = Field(_LIMITS.max_header_bytes, description="request line and headers of one request")
     max_body_bytes: _Count = Field(_LIMITS.max_body_bytes, description="body of one request")
     body_timeout_s: _Seconds = Field(_LIMITS.body_timeout_s, description="seconds that a body may take to arrive")
@@ -99,6 +109,7 @@ class Settings(BaseSettings):
     max_stop_chars: _Count = Field(_LIMITS.max_stop_chars, description="characters of one stop string")
     max_stop_token_ids: _Bound = Field(_LIMITS.max_stop_token_ids, description="stop token ids of one request")
     max_logit_bias: _Bound = Field(_LIMITS.max_logit_bias, description="entries of one logit_bias")
+    max_cache_salt_chars: _Count = Field(_LIMITS.max_cache_salt_chars, description="characters of one cache_salt")
     max_timeout_s: _Seconds = Field(_LIMITS.max_timeout_s, description="longest timeout that a request may ask for, in seconds")
     max_fields: _Count = Field(_LIMITS.max_fields, description="fields at the top of a body, unknown ones included")
     max_answer_logprobs: _Count = Field(
@@ -112,7 +123,7 @@ class Settings(BaseSettings):
     @property
     def limits(self) -> Limits:
         """The limits' part of the settings."""
-        renamed = {"max_queued_sequences": "max_num_queued_reqs"}
+        renamed = {"max_queued_sequences": "max_num_queued_reqs", "max_queued_tokens": "max_num_queued_tokens"}
         return Limits(**{field.name: getattr(self, renamed.get(field.name, field.name)) for field in fields(Limits)})
 
     @property

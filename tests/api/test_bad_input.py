@@ -138,6 +138,7 @@ REFUSED: list[tuple[dict[str, Any], str | None]] = [
     ({"priority": 1.0}, "priority"),
     ({"priority": True}, "priority"),
     ({"cache_salt": ""}, "cache_salt"),
+    ({"cache_salt": "x" * 257}, "cache_salt"),
     ({"cache_salt": 5}, "cache_salt"),
     ({"cache_salt": ["a"]}, "cache_salt"),
 ]
@@ -172,6 +173,7 @@ ACCEPTED: list[dict[str, Any]] = [
     {"priority": 1000},
     {"priority": -1000},
     {"cache_salt": "x"},
+    {"cache_salt": "x" * 256},
     {"user": ""},
     {"user": "x" * 100_000},
     {"suffix": ""},

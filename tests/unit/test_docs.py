@@ -11,6 +11,7 @@ from fake_engine import FakeEngineClient
 
 from server.limits import Limits
 from server.observability import Metrics
+from server.schemas.common import MAX_PRIORITY
 from server.schemas.completions import CompletionRequest
 from server.settings import Settings
 
@@ -51,6 +52,8 @@ def test_the_table_of_fields_gives_the_limits_as_they_are():
     assert f"up to {limits.max_stop_token_ids} ids" in takes["stop_token_ids"]
     assert f"up to {limits.max_logit_bias}" in takes["logit_bias"]
     assert f"up to {limits.max_timeout_s:.0f}" in takes["timeout"]
+    assert f"-{MAX_PRIORITY} to {MAX_PRIORITY}" == takes["priority"]
+    assert f"1 to {limits.max_cache_salt_chars} characters" in takes["cache_salt"]
 
 
 def test_every_setting_in_the_operations_guide_exists():

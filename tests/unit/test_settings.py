@@ -128,7 +128,7 @@ def test_a_value_out_of_range_is_refused_with_flag_and_value(flag, value):
 
 
 def test_every_limit_can_be_set_and_arrives_in_the_limits():
-    names = {"max_queued_sequences": "max_num_queued_reqs"}
+    names = {"max_queued_sequences": "max_num_queued_reqs", "max_queued_tokens": "max_num_queued_tokens"}
     flags = {names.get(field.name, field.name): 1 for field in fields(Limits)}
 
     limits = load_settings(flags).limits
