@@ -22,10 +22,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.block_pool import SCRATCH_BLOCK
 from engine.scheduler import Schedule, ScheduledTokens
 from engine.sequence import Sequence
+from engine.types import SamplingParams
 
 TILE = 8  # rows that every reduction is computed with, whatever the step's size
+PENDING = -1  # in `StepInput.token_ids`
 
 
 class StepKind(IntEnum):
@@ -40,13 +43,13 @@ class StepInput(NamedTuple):
     """All the device needs for one step; T tokens, S rows, Q query tiles, W blocks per sequence. int32 unless said otherwise."""
 
     counts: Any  # [3]: tokens, rows that choose a token, query tiles
-    token_ids: Any  # [T]
+    token_ids: Any  # [T] -1 stands for the token that the step before chose for the row's slot
     positions: Any  # [T]
-    cache_slots: Any  # [T] block id * block size + offset; padding writes to the scratch block
+    cache_slots: Any  # [T] block id * block size + offset; the scratch block for padding and for what is in a shared block already
     token_rows: Any  # [T]
     is_output: Any  # [T] 1 for tokens this engine generated, 0 for prompt tokens and padding
     tile_places: Any  # [T] tile * TILE + place inside the tile
-    targets: Any  # [T] the token that follows, to be scored
+    targets: Any  # [T] the token that follows, where it is to be scored, else 0
     tile_rows: Any  # [Q]
     tile_starts: Any  # [Q] first token of the tile
     tile_ends: Any  # [Q] position of the tile's last token, plus one
@@ -125,14 +128,11 @@ class Batch:
     token_starts: tuple[int, ...]  # first token of each row
 
 
-def is_plain_greedy(sequence: Sequence) -> bool:
-    """True if nothing but the most likely token is asked of every step of this sequence."""
-    sampling = sequence.request.sampling
+def is_plain_greedy(sampling: SamplingParams) -> bool:
+    """True if nothing but the most likely token is asked of every step."""
     return (
         sampling.temperature == 0
-        and sampling.presence_penalty == 0
-        and sampling.frequency_penalty == 0
-        and sampling.repetition_penalty == 1
+        and not sampling.has_penalties
         and not sampling.logit_bias
         and not sampling.min_tokens
         and sampling.logprobs is None
@@ -142,21 +142,52 @@ def is_plain_greedy(sequence: Sequence) -> bool:
 def wants_scores(item: ScheduledTokens) -> bool:
     """True if this step computes log-probabilities of prompt tokens that are still to be sent."""
     sequence = item.sequence
-    if sequence.request.sampling.prompt_logprobs is None:
+    if sequence.score_collector is None:
         return False
-    return sequence.num_scored_tokens < min(sequence.num_computed_tokens + item.num_tokens, sequence.num_prompt_tokens - 1)
+    return sequence.num_scored_tokens < min(item.start + item.num_tokens, sequence.num_prompt_tokens - 1)
 
 
-def chooses_token(item: ScheduledTokens) -> bool:
-    """True if this step's result is the sequence's next token."""
-    return item.reaches_end and item.sequence.request.sampling.max_tokens > 0
+class _SlotRows:
+    """What a running sequence contributes to every one of its steps, entered once per admission; row i belongs to slot i."""
 
+    def __init__(self, num_slots: int, blocks_per_seq: int, vocab_size: int):
+        self._vocab_size = vocab_size
+        self.block_tables = np.zeros((num_slots, blocks_per_seq), np.int32)
+        self.num_blocks = [0] * num_slots  # entered in `block_tables`
+        self.is_plain_greedy = np.zeros(num_slots, bool)
+        self.num_prompt_tokens = np.zeros(num_slots, np.int64)
+        self.num_shared_tokens = np.zeros(num_slots, np.int64)
+        self.min_tokens = np.zeros(num_slots, np.int64)
+        self.seeds = np.zeros((num_slots, 2), np.int32)
+        self.choices, self.top_k = (np.zeros(num_slots, np.int32) for _ in range(2))
+        self.knobs = {name: np.zeros(num_slots, np.float32) for name in StepInput._fields[FIRST_FLOAT:]}
 
-def step_kind(items: tuple[ScheduledTokens, ...]) -> StepKind:
-    """The smallest program that serves every scheduled sequence."""
-    if any(wants_scores(item) for item in items):
-        return StepKind.SCORE
-    return StepKind.GREEDY if all(is_plain_greedy(item.sequence) for item in items) else StepKind.SAMPLE
+    def enter(self, sequence: Sequence) -> None:
+        """The sequence has been given its slot."""
+        slot, sampling = sequence.slot, sequence.request.sampling
+        if slot is None or not 0 <= slot < len(self.block_tables):
+            raise RuntimeError(f"a sequence was admitted to slot {slot}, there are 0 to {len(self.block_tables) - 1}")
+        self.num_blocks[slot] = 0
+        self.block_tables[slot] = SCRATCH_BLOCK
+        self.is_plain_greedy[slot] = is_plain_greedy(sampling)
+        self.num_prompt_tokens[slot] = sequence.num_prompt_tokens
+        self.num_shared_tokens[slot] = sequence.num_shared_tokens
+        self.min_tokens[slot] = sampling.min_tokens
+        seed = np.array([sampling.seed >> 32 & 0xFFFF_FFFF, sampling.seed & 0xFFFF_FFFF], np.uint32)
+        self.seeds[slot] = seed.view(np.int32)
+        self.choices[slot] = sequence.request.choice
+        self.top_k[slot] = min(sampling.top_k, self._vocab_size)
+        for name, column in self.knobs.items():
+            column[slot] = getattr(sampling, name)
+
+    def update_blocks(self, sequence: Sequence) -> None:
+        """Enter the blocks that the sequence was given since the last step."""
+        slot, block_ids = sequence.slot, sequence.block_ids
+        assert slot is not None, "a scheduled sequence has a slot"
+        known = self.num_blocks[slot]
+        if known < len(block_ids):
+            self.block_tables[slot, known : len(block_ids)] = block_ids[known:]
+            self.num_blocks[slot] = len(block_ids)
 
 
 class Batcher:
@@ -168,101 +199,117 @@ class Batcher:
         self.num_blocks = num_blocks
         self.vocab_size = vocab_size
         self.num_slots = num_slots
+        self._rows = _SlotRows(num_slots, layouts[-1].blocks_per_seq, vocab_size)
 
     def build(self, schedule: Schedule) -> Batch:
         """Lay out a schedule that has at least one item. Raises `RuntimeError` if an index would leave its array (JAX would not)."""
-        chosen: list[ScheduledTokens] = []
-        others: list[ScheduledTokens] = []
-        for item in schedule.items:
-            (chosen if chooses_token(item) else others).append(item)
-        items = (*chosen, *others)
-        num_tokens = sum(item.num_tokens for item in items)
-        layout = next(each for each in self.layouts if each.num_tokens >= num_tokens and each.num_seqs >= len(items))
+        for sequence in schedule.admitted:
+            self._rows.enter(sequence)
+        chosen = [item for item in schedule.items if item.chooses_token]
+        items = (*chosen, *(item for item in schedule.items if not item.chooses_token))
+        for item in items:
+            self._rows.update_blocks(item.sequence)
+
+        count = len(items)
+        slots = np.array([item.sequence.slot for item in items])
+        starts = np.array([item.start for item in items])
+        lens = np.array([item.num_tokens for item in items])
+        num_tokens = int(lens.sum())
+        layout = next(each for each in self.layouts if each.num_tokens >= num_tokens and each.num_seqs >= count)
         packed = np.zeros(layout.packed_len, np.int32)
         step = layout.unpack(packed, lambda bits: bits.view(np.float32))
+        kind = self._kind(items, slots)
 
-        self._fill_rows(step, items)
-        num_tiles, token_starts = self._fill_tokens(step, items)
+        self._fill_rows(step, slots, ends=starts + lens)
+        num_tiles, token_starts = self._fill_tokens(step, slots, starts, lens)
+        step.token_ids[:num_tokens] = self._tokens_of(items)
+        if kind is StepKind.SCORE:
+            step.targets[:num_tokens] = _targets_of(items)
         step.counts[:] = num_tokens, len(chosen), num_tiles
         self._check_ranges(step)
-        return Batch(
-            layout=layout, kind=step_kind(items), packed=packed, items=items, num_sampled=len(chosen), token_starts=tuple(token_starts)
-        )
+        return Batch(layout=layout, kind=kind, packed=packed, items=items, num_sampled=len(chosen), token_starts=token_starts)
 
-    def _fill_tokens(self, step: StepInput, items: tuple[ScheduledTokens, ...]) -> tuple[int, list[int]]:
-        """Write all rows' tokens and query tiles, one row after the other; returns the number of tiles and the first token of each row."""
-        lens = np.array([item.num_tokens for item in items])
-        firsts = np.array([item.sequence.num_computed_tokens for item in items])
+    def _kind(self, items: tuple[ScheduledTokens, ...], slots: NDArray[np.int64]) -> StepKind:
+        """The smallest program that serves every scheduled sequence."""
+        if any(wants_scores(item) for item in items):
+            return StepKind.SCORE
+        return StepKind.GREEDY if self._rows.is_plain_greedy[slots].all() else StepKind.SAMPLE
+
+    def _fill_rows(self, step: StepInput, slots: NDArray[np.int64], *, ends: NDArray[np.int64]) -> None:
+        """Write what is one number per sequence."""
+        rows, count = self._rows, len(slots)
+        step.block_tables[:count] = rows.block_tables[slots]
+        step.slots[:count] = slots
+        step.sample_positions[:count] = ends
+        step.choices[:count] = rows.choices[slots]
+        step.seeds[:count] = rows.seeds[slots]
+        step.top_k[:count] = rows.top_k[slots]
+        step.mask_end[:count] = ends - rows.num_prompt_tokens[slots] < rows.min_tokens[slots]
+        for name, column in rows.knobs.items():
+            getattr(step, name)[:count] = column[slots]
+
+    def _fill_tokens(
+        self, step: StepInput, slots: NDArray[np.int64], firsts: NDArray[np.int64], lens: NDArray[np.int64]
+    ) -> tuple[int, tuple[int, ...]]:
+        """Write all rows' places and query tiles, one row after the other; returns the number of tiles and the first token of each row."""
         starts = np.cumsum(lens) - lens
         num_tiles = -(-lens // TILE)
         first_tiles = np.cumsum(num_tiles) - num_tiles
 
-        rows = np.repeat(np.arange(len(items)), lens)
+        rows = np.repeat(np.arange(len(lens)), lens)
         count = len(rows)
         places = np.arange(count) - starts[rows]  # inside the row's share of the step
         positions = firsts[rows] + places
-        step.token_ids[:count] = _tokens_of(items, ahead=0)
-        step.targets[:count] = _tokens_of(items, ahead=1)
+        cache_slots = step.block_tables[rows, positions // self.block_size] * self.block_size + positions % self.block_size
         step.positions[:count] = positions
-        step.cache_slots[:count] = step.block_tables[rows, positions // self.block_size] * self.block_size + positions % self.block_size
+        step.cache_slots[:count] = np.where(positions < self._rows.num_shared_tokens[slots][rows], SCRATCH_BLOCK, cache_slots)
         step.token_rows[:count] = rows
-        step.is_output[:count] = positions >= np.array([item.sequence.num_prompt_tokens for item in items])[rows]
+        step.is_output[:count] = positions >= self._rows.num_prompt_tokens[slots][rows]
         step.tile_places[:count] = first_tiles[rows] * TILE + places
+        # A token whose block was never taken would land in the scratch block.
+        _check_range("cache_slots", cache_slots, first=self.block_size, end=(self.num_blocks + 1) * self.block_size)
 
-        rows = np.repeat(np.arange(len(items)), num_tiles)
+        rows = np.repeat(np.arange(len(lens)), num_tiles)
         count = len(rows)
         offsets = (np.arange(count) - first_tiles[rows]) * TILE
         step.tile_rows[:count] = rows
         step.tile_starts[:count] = starts[rows] + offsets
         step.tile_ends[:count] = firsts[rows] + np.minimum(offsets + TILE, lens[rows])
-        step.sample_at[: len(items)] = starts + lens - 1
-        return count, starts.tolist()
+        step.sample_at[: len(lens)] = starts + lens - 1
+        return count, tuple(starts.tolist())
 
-    def _fill_rows(self, step: StepInput, items: tuple[ScheduledTokens, ...]) -> None:
-        """Write what is one number per sequence, a field at a time: NumPy takes a list much faster than its elements."""
-        sequences = [item.sequence for item in items]
-        samplings = [sequence.request.sampling for sequence in sequences]
-        count = len(items)
-        for table, sequence in zip(step.block_tables, sequences, strict=False):
-            table[: len(sequence.block_ids)] = sequence.block_ids
-        step.slots[:count] = [sequence.slot for sequence in sequences]
-        step.sample_positions[:count] = [sequence.num_tokens for sequence in sequences]
-        step.choices[:count] = [sequence.request.choice for sequence in sequences]
-        seeds = np.array([sampling.seed & 0xFFFF_FFFF_FFFF_FFFF for sampling in samplings], np.uint64)
-        words = np.stack((seeds >> np.uint64(32), seeds & np.uint64(0xFFFF_FFFF)), axis=1)
-        step.seeds[:count] = words.astype(np.uint32).view(np.int32)
-        step.top_k[:count] = [min(sampling.top_k, self.vocab_size) for sampling in samplings]
-        step.mask_end[:count] = [sequence.num_output_tokens < sequence.request.sampling.min_tokens for sequence in sequences]
-        step.temperature[:count] = [sampling.temperature for sampling in samplings]
-        step.top_p[:count] = [sampling.top_p for sampling in samplings]
-        step.min_p[:count] = [sampling.min_p for sampling in samplings]
-        step.presence_penalty[:count] = [sampling.presence_penalty for sampling in samplings]
-        step.frequency_penalty[:count] = [sampling.frequency_penalty for sampling in samplings]
-        step.repetition_penalty[:count] = [sampling.repetition_penalty for sampling in samplings]
+    def _tokens_of(self, items: tuple[ScheduledTokens, ...]) -> list[int]:
+        """The scheduled tokens, `PENDING` for one that is still on the device. Raises `RuntimeError` for an id outside the vocabulary."""
+        tokens: list[int] = []
+        num_pending = 0
+        for item in items:
+            known = item.sequence.token_ids[item.start : item.start + item.num_tokens]
+            tokens += known
+            if len(known) < item.num_tokens:
+                tokens.append(PENDING)
+                num_pending += 1
+        if tokens.count(PENDING) != num_pending:
+            raise RuntimeError(f"step input token_ids holds {PENDING} for a token that is known")
+        return tokens
 
     def _check_ranges(self, step: StepInput) -> None:
         """The indices among the fields; padding is zero and so in range."""
-        num_tokens, _, _ = step.counts
-        num_places = (self.num_blocks + 1) * self.block_size
-        _check_range("token_ids", step.token_ids, end=self.vocab_size)
+        _check_range("token_ids", step.token_ids, first=PENDING, end=self.vocab_size)
         _check_range("targets", step.targets, end=self.vocab_size)
         _check_range("block_tables", step.block_tables, end=self.num_blocks + 1)
-        # A token whose block was never taken would land in the scratch block.
-        _check_range("cache_slots", step.cache_slots[:num_tokens], first=self.block_size, end=num_places)
         _check_range("slots", step.slots, end=self.num_slots)
 
 
-def _tokens_of(items: tuple[ScheduledTokens, ...], *, ahead: int) -> list[int]:
-    """The token `ahead` of each scheduled one; 0 where that is still to be chosen."""
+def _targets_of(items: tuple[ScheduledTokens, ...]) -> list[int]:
+    """The token after each scheduled one; 0 where that is not known yet."""
     tokens: list[int] = []
     for item in items:
-        first = item.sequence.num_computed_tokens + ahead
-        tokens += item.sequence.token_ids[first : first + item.num_tokens]
-        if item.reaches_end:
-            tokens += (0,) * ahead
+        known = item.sequence.token_ids[item.start + 1 : item.start + 1 + item.num_tokens]
+        tokens += known
+        tokens += [0] * (item.num_tokens - len(known))
     return tokens
 
 
-def _check_range(name: str, values: NDArray[np.int32], *, end: int, first: int = 0) -> None:
+def _check_range(name: str, values: NDArray[np.integer], *, end: int, first: int = 0) -> None:
     if values.min() < first or values.max() >= end:
         raise RuntimeError(f"step input {name} holds {values.min()} to {values.max()}, must be {first} to {end - 1}")

@@ -1,19 +1,26 @@
 """EngineCore: the step loop and the owner of all mutable state of the engine.
 
-Runs in the engine process, on one thread. A step: schedule, run, emit. It deals in token ids only and gets its runner handed in, so this
-file and everything under it start without jax.
+Runs in the engine process, on one thread. A step: schedule, launch, then collect and emit what the step before it computed. So the device
+has its next work before the host looks at the last result, and the host works while the device does. The price: a sequence that ends by
+its token is found finished one step late, and what that step computed for it is thrown away.
+
+The core deals in token ids only and gets its runner handed in, so this file and everything under it start without jax.
 """
 
 import math
 import time
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
 
 from engine.batch import Batch, Batcher, StepLayout
 from engine.block_pool import BlockPool
 from engine.config import EngineConfig
 from engine.errors import RequestError
-from engine.scheduler import ScheduledTokens, Scheduler
+from engine.prefix_cache import PrefixCache
+from engine.prompt_scores import BlockScores, ScoreCollector
+from engine.scheduler import Schedule, ScheduledTokens, Scheduler
 from engine.sequence import Sequence
 from engine.stop import end_token_ids, finish_reason, is_past_deadline
 from engine.types import EngineInfo, EngineStats, FinishReason, GenerationRequest, SamplingParams, TokenDelta, TokenLogprob
@@ -25,9 +32,24 @@ class Runner(Protocol):
     layouts: tuple[StepLayout, ...]
     num_late_compilations: int
 
-    def reset_slot(self, slot: int, sampling: SamplingParams, end_token_ids: tuple[int, ...]) -> None: ...
+    def reset_slot(
+        self,
+        slot: int,
+        sampling: SamplingParams,
+        end_token_ids: tuple[int, ...],
+        *,
+        prompt_token_ids: Iterable[int] = (),
+        output_token_ids: Iterable[int] = (),
+    ) -> None: ...
     def launch(self, batch: Batch) -> Any: ...
     def collect(self, output: Any) -> Any: ...
+
+
+class _InFlight(NamedTuple):
+    """A launched step that is not collected yet."""
+
+    batch: Batch
+    output: Any
 
 
 class EngineCore:
@@ -39,7 +61,8 @@ class EngineCore:
         self.runner = runner
         self.clock = clock
         self.pool = BlockPool(config.cache.num_blocks)
-        self.scheduler = Scheduler(config.scheduler, self.pool, block_size=config.cache.block_size)
+        self.cache = PrefixCache(self.pool, block_size=config.cache.block_size)
+        self.scheduler = Scheduler(config.scheduler, self.pool, self.cache, block_size=config.cache.block_size)
         self.batcher = Batcher(
             runner.layouts,
             block_size=config.cache.block_size,
@@ -48,6 +71,7 @@ class EngineCore:
             num_slots=config.scheduler.max_num_seqs,
         )
         self._sequences: dict[str, Sequence] = {}
+        self._in_flight: _InFlight | None = None
         self._next_deadline_s = math.inf  # nobody's deadline is earlier
         self._num_arrivals = 0
         self._num_steps = 0
@@ -56,10 +80,20 @@ class EngineCore:
     def has_work(self) -> bool:
         return self.scheduler.has_work
 
-    def submit(self, request: GenerationRequest) -> None:
-        """Queue a request. Raises `RequestError` for one that could never run."""
-        self._check(request)
-        sequence = Sequence(request=request, arrival=self._num_arrivals, token_ids=list(request.prompt_token_ids))
+    def submit(self, request: GenerationRequest, *, output_token_ids: tuple[int, ...] = (), num_scored_tokens: int = 0) -> None:
+        """Queue a request. Raises `RequestError` for one that could never run.
+
+        A generation that another engine began goes on behind the output tokens and prompt log-probabilities that it has given already.
+        """
+        self._check(request, output_token_ids)
+        is_scored = request.sampling.prompt_logprobs is not None
+        sequence = Sequence(
+            request=request,
+            arrival=self._num_arrivals,
+            token_ids=[*request.prompt_token_ids, *output_token_ids],
+            num_scored_tokens=num_scored_tokens,
+            score_collector=ScoreCollector(self.config.cache.block_size) if is_scored else None,
+        )
         self._num_arrivals += 1
         self._sequences[request.request_id] = sequence
         if request.deadline_s is not None:
@@ -68,23 +102,22 @@ class EngineCore:
 
     def abort(self, request_id: str) -> None:
         """Forget a request; its blocks are free at once. Unknown ids have just finished and are no error."""
-        if sequence := self._sequences.pop(request_id, None):
-            self.scheduler.remove(sequence)
+        if sequence := self._sequences.get(request_id):
+            self._end(sequence)
 
     def step(self) -> list[TokenDelta]:
-        """Advance every scheduled sequence; returns what became known. Raises `RuntimeError` if work is pending and none can be done."""
+        """Launch a step and return what the one before it made known.
+
+        Raises `RuntimeError` if work is pending and none can be done.
+        """
         deltas = self._expire()
-        schedule = self.scheduler.schedule()
-        if not schedule.items:
-            if self.has_work:
-                raise RuntimeError(f"nothing can be computed: {self.stats()}")
-            return deltas
-        for sequence in schedule.admitted:
-            self._reset_slot(sequence)
-        batch = self.batcher.build(schedule)
-        output = self.runner.collect(self.runner.launch(batch))
-        self._num_steps += 1
-        return deltas + [delta for row, item in enumerate(batch.items) if (delta := self._commit(batch, output, row, item))]
+        launched = self._launch(self.scheduler.schedule())
+        collected, self._in_flight = self._in_flight, launched
+        if collected is not None:
+            deltas += self._commit(collected)
+        elif launched is None and self.has_work:
+            raise RuntimeError(f"nothing can be computed: {self.stats()}")
+        return deltas
 
     def stats(self) -> EngineStats:
         """Gauges and totals as of now."""
@@ -92,20 +125,30 @@ class EngineCore:
             num_running=len(self.scheduler.running),
             num_waiting=self.scheduler.num_waiting,
             num_blocks_used=self.pool.num_held,
+            num_blocks_cached=self.pool.num_cached,
             num_blocks=self.pool.num_blocks,
             num_steps=self._num_steps,
             num_preemptions=self.scheduler.num_preemptions,
+            num_lookup_tokens=self.cache.num_lookup_tokens,
+            num_hit_tokens=self.cache.num_hit_tokens,
             num_late_compilations=self.runner.num_late_compilations,
         )
 
-    def _check(self, request: GenerationRequest) -> None:
+    def _check(self, request: GenerationRequest, output_token_ids: tuple[int, ...]) -> None:
         num_prompt, num_output = len(request.prompt_token_ids), request.sampling.max_tokens
         if request.request_id in self._sequences:
             raise RequestError(f"request id {request.request_id} is already running")
         if not num_prompt:
             raise RequestError("the prompt has no tokens")
         vocab_size, sampling = self.config.model.vocab_size, request.sampling
-        fields = {"prompt": request.prompt_token_ids, "stop_token_ids": sampling.stop_token_ids, "logit_bias": sampling.logit_bias}
+        if len(output_token_ids) >= max(1, num_output):
+            raise RequestError(f"{len(output_token_ids)} of {num_output} output tokens are there already")
+        fields = {
+            "prompt": request.prompt_token_ids,
+            "output": output_token_ids,
+            "stop_token_ids": sampling.stop_token_ids,
+            "logit_bias": sampling.logit_bias,
+        }
         for name, ids in fields.items():
             if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
                 raise RequestError(f"{name} holds token ids from {min(ids)} to {max(ids)}, the vocabulary has 0 to {vocab_size - 1}")
@@ -119,66 +162,132 @@ class EngineCore:
         if now < self._next_deadline_s:
             return []
         expired = [sequence for sequence in self._sequences.values() if is_past_deadline(sequence, now)]
-        deltas = [self._finish(sequence, FinishReason.DEADLINE) for sequence in expired]
+        deltas = [self._delta(sequence, FinishReason.DEADLINE) for sequence in expired]
         deadlines = (sequence.request.deadline_s for sequence in self._sequences.values())
         self._next_deadline_s = min((deadline for deadline in deadlines if deadline is not None), default=math.inf)
         return deltas
 
-    def _finish(self, sequence: Sequence, reason: FinishReason) -> TokenDelta:
-        self.abort(sequence.request.request_id)
-        return TokenDelta(request_id=sequence.request.request_id, finish_reason=reason)
+    def _launch(self, schedule: Schedule) -> _InFlight | None:
+        """Start the scheduled step, if there is anything in it."""
+        if not schedule.items:
+            return None
+        for sequence in schedule.admitted:
+            self._reset_slot(sequence)
+        batch = self.batcher.build(schedule)
+        self._num_steps += 1
+        return _InFlight(batch, self.runner.launch(batch))
 
     def _reset_slot(self, sequence: Sequence) -> None:
+        """Hand a slot over, with the tokens that count for penalties but that no step will show to it: those of a prefix hit."""
         sampling = sequence.request.sampling
         assert sequence.slot is not None, "an admitted sequence has a slot"
-        self.runner.reset_slot(sequence.slot, sampling, end_token_ids(sampling, self.config.model.eos_token))
+        num_hit = min(sequence.num_shared_tokens, len(sequence.token_ids) - 1) if sampling.has_penalties else 0
+        self.runner.reset_slot(
+            sequence.slot,
+            sampling,
+            end_token_ids(sampling, self.config.model.eos_token),
+            prompt_token_ids=sequence.token_ids[: min(num_hit, sequence.num_prompt_tokens)],
+            output_token_ids=sequence.token_ids[sequence.num_prompt_tokens : num_hit],
+        )
 
-    def _commit(self, batch: Batch, output: Any, row: int, item: ScheduledTokens) -> TokenDelta | None:
-        """Enter one row's result into its sequence; None where there is nothing to tell yet."""
-        sequence = item.sequence
-        sampling = sequence.request.sampling
-        prompt_logprobs = self._scores(batch, output, row, item)
-        sequence.num_computed_tokens += item.num_tokens
-        token_ids: tuple[int, ...] = ()
-        logprobs: tuple[TokenLogprob, ...] = ()
-        is_chosen = row < batch.num_sampled
-        if (is_chosen and not output.is_finite[row]) or not all(math.isfinite(score.logprob) for score in prompt_logprobs):
-            return self._finish(sequence, FinishReason.ERROR)
-        if is_chosen:
-            token = int(output.token_ids[row])
-            sequence.token_ids.append(token)
-            token_ids = (token,)
-            if sampling.logprobs is not None:
-                logprobs = (_logprob(output.logprobs, row, token, sampling.logprobs),)
-        elif sequence.num_remaining_tokens:
-            if not prompt_logprobs:
-                return None
-            return TokenDelta(request_id=sequence.request.request_id, prompt_logprobs=prompt_logprobs)
+    def _commit(self, step: _InFlight) -> list[TokenDelta]:
+        """Enter a step's results into its sequences; those that are over meanwhile are passed by."""
+        output = self.runner.collect(step.output)
+        token_ids, is_finite = output.token_ids.tolist(), output.is_finite.tolist()
+        deltas: list[TokenDelta] = []
+        for row, item in enumerate(step.batch.items):
+            if item.sequence.is_over:
+                continue
+            if item.sequence.score_collector is None:
+                scores: tuple[TokenLogprob, ...] = ()
+            else:
+                scores = self._scores(item, output.scores, step.batch.token_starts[row])
+            is_sound = all(math.isfinite(score.logprob) for score in scores) and (is_finite[row] or not item.chooses_token)
+            if not is_sound:
+                deltas.append(self._delta(item.sequence, FinishReason.ERROR))
+            elif item.chooses_token:
+                deltas.append(self._add_token(item.sequence, token_ids[row], scores, output.logprobs, row))
+            elif _is_all(item):
+                deltas.append(self._delta(item.sequence, FinishReason.LENGTH, scores=scores))
+            elif scores:
+                deltas.append(self._delta(item.sequence, None, scores=scores))
+        return deltas
+
+    def _add_token(self, sequence: Sequence, token: int, scores: tuple[TokenLogprob, ...], logprobs: Any, row: int) -> TokenDelta:
+        """The pending token is known."""
+        sequence.token_ids.append(token)
+        sequence.num_pending_tokens -= 1
+        num_top = sequence.request.sampling.logprobs
         reason = finish_reason(sequence, eos_token=self.config.model.eos_token, max_model_len=self.config.scheduler.max_model_len)
-        if reason:
-            self.abort(sequence.request.request_id)
+        return self._delta(
+            sequence,
+            reason,
+            token_ids=(token,),
+            logprobs=() if num_top is None else (_logprob(logprobs, row, token, num_top),),
+            scores=scores,
+        )
+
+    def _scores(self, item: ScheduledTokens, scores: Any, offset: int) -> tuple[TokenLogprob, ...]:
+        """Log-probabilities of prompt tokens that are known now and not sent yet; `offset` is the item's first row in `scores`.
+
+        The token at position p gives the score of the prompt token at p + 1. Positions before the item are those of a prefix hit. What is
+        computed here is kept for later hits. `scores` is None where all was sent before and is only computed again.
+        """
+        sequence = item.sequence
+        num_top = sequence.request.sampling.prompt_logprobs
+        assert num_top is not None, "only scored prompts have a collector"
+        last = min(item.start + item.num_tokens, sequence.num_prompt_tokens - 1)
+        new: list[TokenLogprob] = []
+        first_block = sequence.num_scored_tokens // self.config.cache.block_size
+        for position in range(sequence.num_scored_tokens, min(item.start, last)):
+            block, place = divmod(position, self.config.cache.block_size)
+            new.append(sequence.cached_scores[block - first_block].entry(place, num_top))
+        if item.start < last and scores is not None:
+            rows = slice(offset, offset + last - item.start)
+            targets = np.array(sequence.token_ids[item.start + 1 : last + 1], np.int32)
+            run = BlockScores(targets=targets, chosen=scores.chosen[rows], top_ids=scores.top_ids[rows], top=scores.top[rows])
+            new += [run.entry(place, num_top) for place in range(max(sequence.num_scored_tokens - item.start, 0), len(run))]
+            self._keep(sequence, item.start, run)
+        sequence.num_scored_tokens = max(sequence.num_scored_tokens, last)
+        return tuple(new)
+
+    def _keep(self, sequence: Sequence, first: int, run: BlockScores) -> None:
+        assert sequence.score_collector is not None, "only scored prompts have a collector"
+        for block, scores in sequence.score_collector.add(first, run):
+            self.cache.keep_scores(sequence.block_keys[block], scores)
+
+    def _delta(
+        self,
+        sequence: Sequence,
+        reason: FinishReason | None,
+        *,
+        token_ids: tuple[int, ...] = (),
+        logprobs: tuple[TokenLogprob, ...] = (),
+        scores: tuple[TokenLogprob, ...] = (),
+    ) -> TokenDelta:
+        """Tell it; with a reason, as the last that is told of this sequence."""
+        if reason is not None:
+            self._end(sequence, is_sound=reason is not FinishReason.ERROR)
         return TokenDelta(
             request_id=sequence.request.request_id,
             token_ids=token_ids,
             logprobs=logprobs,
-            prompt_logprobs=prompt_logprobs,
+            prompt_logprobs=scores,
             finish_reason=reason,
+            num_cached_tokens=sequence.num_cached_tokens,
         )
 
-    def _scores(self, batch: Batch, output: Any, row: int, item: ScheduledTokens) -> tuple[TokenLogprob, ...]:
-        """Log-probabilities of prompt tokens that this step made known for the first time."""
-        sequence = item.sequence
-        num_top = sequence.request.sampling.prompt_logprobs
-        if num_top is None:
-            return ()
-        # The token at position p gives the score of the prompt token at p + 1, which is the p-th score.
-        first = max(sequence.num_scored_tokens, sequence.num_computed_tokens)
-        end = min(sequence.num_computed_tokens + item.num_tokens, sequence.num_prompt_tokens - 1)
-        if first >= end:
-            return ()
-        offset = batch.token_starts[row] - sequence.num_computed_tokens
-        sequence.num_scored_tokens = end
-        return tuple(_logprob(output.scores, offset + p, sequence.token_ids[p + 1], num_top) for p in range(first, end))
+    def _end(self, sequence: Sequence, *, is_sound: bool = True) -> None:
+        """Give back all that it holds; nobody finds in the prefix cache what a failed sequence computed."""
+        del self._sequences[sequence.request.request_id]
+        self.scheduler.remove(sequence, discard=not is_sound)
+        sequence.is_over = True
+
+
+def _is_all(item: ScheduledTokens) -> bool:
+    """True if this was the end of a sequence that generates nothing."""
+    sequence = item.sequence
+    return sequence.request.sampling.max_tokens == 0 and item.start + item.num_tokens == sequence.num_prompt_tokens
 
 
 def _logprob(logprobs: Any, row: int, token_id: int, num_top: int) -> TokenLogprob:

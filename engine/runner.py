@@ -4,9 +4,13 @@ The one place that talks to the device. Cache and slot state are donated to ever
 failed has lost them, and so the runner with it. Programs are compiled ahead of use, one per bucket and kind; nothing else is ever called.
 """
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, as_completed
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -20,21 +24,26 @@ from engine.config import EngineConfig
 from engine.model.params import Params
 from engine.model.transformer import KVCache, LayerCache, forward, logits_of
 from engine.ops import tiles
-from engine.ops.tiles import map_rows
+from engine.ops.tiles import map_rows, map_slices
 from engine.sampling import (
     Knobs,
     Logprobs,
+    SlotEntries,
     SlotState,
     choose_tokens,
     count_tokens,
     empty_slots,
     logprobs_of,
+    remember_tokens,
+    resolve_tokens,
     write_slot,
 )
 from engine.sharding import replicated, sharding_of
 from engine.types import Progress, SamplingParams
 
-SLOT_WRITE_LEN = 256  # biases and end tokens entered per call
+SLOT_WRITE_LEN = 256  # tokens of a slot entered per call
+_ENTRY_TYPES = (jnp.int32, jnp.float32, jnp.bool_, jnp.bool_, jnp.int32)  # of `SlotEntries`
+SCORE_ROWS = 128  # positions whose logits exist at the same time, where a backend computes whole buckets
 
 
 class StepOutput(NamedTuple):
@@ -89,6 +98,7 @@ class ModelRunner:
         self.params = params
         self.mesh = mesh
         self.layouts = step_layouts(config)
+        self.num_cached_programs = 0
         self.num_late_compilations = 0
         slots = jax.device_put(empty_slots(config.scheduler.max_num_seqs, config.model.vocab_size), replicated(mesh))
         self._state = DeviceState(empty_cache(config, mesh), slots)
@@ -96,42 +106,73 @@ class ModelRunner:
         self._write_slot: Callable[..., SlotState] | None = None
 
     def compile(self, report: Callable[[Progress], None]) -> int:
-        """Compile every program, in parallel; returns how many there are."""
-        jobs: dict[Any, str] = {}
+        """Compile every program, in parallel, or read it from the persistent compilation cache; returns how many there are."""
+        jobs: dict[Future[bool], str] = {}
         with ThreadPoolExecutor() as threads:
             for layout in self.layouts:
                 for kind in StepKind:
-                    job = threads.submit(self._compile_step, layout, kind)
+                    job = threads.submit(_is_cache_hit, partial(self._compile_step, layout, kind))
                     jobs[job] = f"step of {layout.num_tokens} tokens, {kind.name.lower()}"
-            jobs[threads.submit(self._compile_write_slot)] = "slot reset"
+            jobs[threads.submit(_is_cache_hit, self._compile_write_slot)] = "slot reset"
             for done, job in enumerate(as_completed(jobs), start=1):
-                job.result()
-                report(Progress(phase="compile", done=done, total=len(jobs), unit="programs", detail=jobs[job]))
+                is_hit = job.result()
+                self.num_cached_programs += is_hit
+                detail = f"{jobs[job]}: {'from the cache' if is_hit else 'compiled'}"
+                report(Progress(phase="compile", done=done, total=len(jobs), unit="programs", detail=detail))
         jax.monitoring.register_event_duration_secs_listener(self._count_late_compilation)
         return len(jobs)
 
-    def reset_slot(self, slot: int, sampling: SamplingParams, end_token_ids: tuple[int, ...]) -> None:
-        """Give a slot to a new sequence: nothing counted yet, its biases and end tokens entered."""
-        entries = [(token, bias, False) for token, bias in sampling.logit_bias.items()]
-        entries += [(token, 0.0, True) for token in end_token_ids]
+    def warm_up(self) -> float:
+        """Run the largest step once, reading and writing the scratch block alone; returns how many seconds it took."""
+        layout = self.layouts[-1]
+        packed = np.zeros(layout.packed_len, np.int32)
+        step = layout.unpack(packed, lambda bits: bits.view(np.float32))
+        num_tiles = layout.num_tokens // TILE
+        step.counts[:] = layout.num_tokens, layout.num_seqs, num_tiles
+        step.tile_places[:] = np.arange(layout.num_tokens)
+        step.tile_starts[:num_tiles] = np.arange(num_tiles) * TILE
+        step.tile_ends[:num_tiles] = TILE
+        start = time.monotonic()
+        batch = Batch(layout=layout, kind=StepKind.SCORE, packed=packed, items=(), num_sampled=0, token_starts=())
+        self.collect(self.launch(batch))
+        return time.monotonic() - start
+
+    def reset_slot(
+        self,
+        slot: int,
+        sampling: SamplingParams,
+        end_token_ids: tuple[int, ...],
+        *,
+        prompt_token_ids: Iterable[int] = (),
+        output_token_ids: Iterable[int] = (),
+    ) -> None:
+        """Give a slot to a new sequence: its biases and end tokens entered, nothing counted but the tokens given here."""
+        entries = [(token, bias, False, False, 0) for token, bias in sampling.logit_bias.items()]
+        entries += [(token, 0.0, True, False, 0) for token in end_token_ids]
+        entries += [(token, 0.0, False, True, 0) for token in set(prompt_token_ids)]
+        entries += [(token, 0.0, False, False, count) for token, count in Counter(output_token_ids).items()]
         for start in range(0, max(1, len(entries)), SLOT_WRITE_LEN):
-            ids = np.full(SLOT_WRITE_LEN, -1, np.int32)
-            bias = np.zeros(SLOT_WRITE_LEN, np.float32)
-            is_end = np.zeros(SLOT_WRITE_LEN, bool)
-            for place, (token, value, ends) in enumerate(entries[start : start + SLOT_WRITE_LEN]):
-                ids[place], bias[place], is_end[place] = token, value, ends
-            assert self._write_slot is not None, "compile() comes first"
-            slots = self._write_slot(self._state.slots, np.int32(slot), np.bool_(start == 0), ids, bias, is_end)
-            self._state = DeviceState(self._state.cache, slots)
+            columns = list(zip(*entries[start : start + SLOT_WRITE_LEN], strict=True)) or [()] * len(SlotEntries._fields)
+            self._enter(slot, is_first=start == 0, columns=columns)
 
     def launch(self, batch: Batch) -> StepOutput:
-        """Start a step; returns arrays that the device is still computing."""
+        """Start a step, and the copying of its result to the host as soon as it is there; returns arrays still being computed."""
         self._state, output = self._steps[batch.layout, batch.kind](self.params, self._state, batch.packed)
+        for array in jax.tree.leaves(output):
+            array.copy_to_host_async()
         return output
 
     def collect(self, output: StepOutput) -> StepOutput:
         """Wait for a launched step and bring its result to the host as NumPy arrays."""
         return jax.tree.map(np.asarray, output)
+
+    def _enter(self, slot: int, *, is_first: bool, columns: Sequence[Sequence[Any]]) -> None:
+        arrays = [np.full(SLOT_WRITE_LEN, fill, dtype) for fill, dtype in zip((-1, 0, 0, 0, 0), _ENTRY_TYPES, strict=True)]
+        for array, column in zip(arrays, columns, strict=True):
+            array[: len(column)] = column
+        assert self._write_slot is not None, "compile() comes first"
+        slots = self._write_slot(self._state.slots, np.int32(slot), np.bool_(is_first), SlotEntries(*arrays))
+        self._state = DeviceState(self._state.cache, slots)
 
     def _compile_step(self, layout: StepLayout, kind: StepKind) -> None:
         def step(params: Params, state: DeviceState, packed: Any) -> tuple[DeviceState, StepOutput]:
@@ -146,8 +187,8 @@ class ModelRunner:
         def shaped(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(self.mesh))
 
-        many = (SLOT_WRITE_LEN,)
-        arguments = (shaped((), jnp.int32), shaped((), bool), shaped(many, jnp.int32), shaped(many, jnp.float32), shaped(many, bool))
+        entries = SlotEntries(*(shaped((SLOT_WRITE_LEN,), dtype) for dtype in _ENTRY_TYPES))
+        arguments = (shaped((), jnp.int32), shaped((), bool), entries)
         jitted = jax.jit(write_slot, donate_argnums=0, out_shardings=replicated(self.mesh))
         self._write_slot = jitted.lower(self._state.slots, *arguments).compile()
 
@@ -156,11 +197,36 @@ class ModelRunner:
             self.num_late_compilations += 1
 
 
+class _CacheHits(threading.local):
+    """How many programs the current thread read from the persistent compilation cache."""
+
+    count = 0
+
+
+_cache_hits = _CacheHits()
+
+
+def _count_cache_hit(event: str, **_: str | int) -> None:
+    if event == "/jax/compilation_cache/cache_hits":
+        _cache_hits.count += 1
+
+
+jax.monitoring.register_event_listener(_count_cache_hit)
+
+
+def _is_cache_hit(compile_one: Callable[[], None]) -> bool:
+    """Compile a program in this thread; True if it came from the cache."""
+    before = _cache_hits.count
+    compile_one()
+    return _cache_hits.count > before
+
+
 def run_step(
     params: Params, state: DeviceState, packed: NDArray[np.int32], *, layout: StepLayout, kind: StepKind, config: EngineConfig
 ) -> tuple[DeviceState, StepOutput]:
     """One whole step on the device: forward pass, then a token for every row that wants one."""
     step = layout.unpack(packed, lambda bits: jax.lax.bitcast_convert_type(bits, jnp.float32))
+    step = resolve_tokens(state.slots, step)
     hidden, cache = forward(params, state.cache, step, config.model)
     slots = state.slots if kind is StepKind.GREEDY else count_tokens(state.slots, step)
     with jax.named_scope("sample"):
@@ -170,13 +236,14 @@ def run_step(
     scores = None
     if kind is StepKind.SCORE:
         with jax.named_scope("score"):
-            scores = map_rows(
+            scores = map_slices(
                 lambda x, targets: logprobs_of(logits_of(params, x, config.model), targets, num_top(config)),
                 step.counts[0],
                 hidden,
                 step.targets,
+                slice_len=SCORE_ROWS,
             )
-    return DeviceState(cache, slots), StepOutput(token_ids, is_finite, logprobs, scores)
+    return DeviceState(cache, remember_tokens(slots, step, token_ids)), StepOutput(token_ids, is_finite, logprobs, scores)
 
 
 def num_top(config: EngineConfig) -> int:

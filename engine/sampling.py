@@ -8,7 +8,7 @@ The order: repetition, frequency and presence penalties, bias, end-token mask, t
 log-softmax of the logits before any of these.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -29,6 +29,7 @@ class SlotState:
     is_in_prompt: Any  # bool [slots, V]
     bias: Any  # float32 [slots, V] added to the logits
     is_end: Any  # bool [slots, V] tokens that end the sequence
+    last_tokens: Any  # int32 [slots] chosen by the last step that chose one
 
 
 class Knobs(NamedTuple):
@@ -68,26 +69,46 @@ def empty_slots(num_slots: int, vocab_size: int) -> SlotState:
         is_in_prompt=jnp.zeros(shape, bool),
         bias=jnp.zeros(shape, jnp.float32),
         is_end=jnp.zeros(shape, bool),
+        last_tokens=jnp.zeros(num_slots, jnp.int32),
     )
 
 
-def write_slot(
-    state: SlotState,
-    slot: Int32[Array, ""],
-    is_first: Bool[Array, ""],
-    ids: Int32[Array, "m"],
-    bias: Float32[Array, "m"],
-    is_end: Bool[Array, "m"],
-) -> SlotState:
-    """Reset a slot (with `is_first`) and enter biases and end tokens for some ids; ids of -1 are padding."""
-    index = jnp.where(ids < 0, state.bias.shape[1], ids)
+class SlotEntries(NamedTuple):
+    """What is entered for some tokens of a slot; ids of -1 are padding."""
+
+    ids: Any  # int32 [m]
+    bias: Any  # float32 [m] added to what is there
+    is_end: Any  # bool [m]
+    is_in_prompt: Any  # bool [m]
+    num_outputs: Any  # int32 [m] added to what is there
+
+
+def write_slot(state: SlotState, slot: Int32[Array, ""], is_first: Bool[Array, ""], entries: SlotEntries) -> SlotState:
+    """Reset a slot (with `is_first`) and enter something for some tokens."""
+    index = jnp.where(entries.ids < 0, state.bias.shape[1], entries.ids)
     keep = jnp.logical_not(is_first)
     return SlotState(
-        output_counts=state.output_counts.at[slot].set(jnp.where(keep, state.output_counts[slot], 0)),
-        is_in_prompt=state.is_in_prompt.at[slot].set(state.is_in_prompt[slot] & keep),
-        bias=state.bias.at[slot].set(jnp.where(keep, state.bias[slot], 0.0).at[index].add(bias, mode="drop")),
-        is_end=state.is_end.at[slot].set((state.is_end[slot] & keep).at[index].max(is_end, mode="drop")),
+        output_counts=state.output_counts.at[slot].set(
+            jnp.where(keep, state.output_counts[slot], 0).at[index].add(entries.num_outputs, mode="drop")
+        ),
+        is_in_prompt=state.is_in_prompt.at[slot].set((state.is_in_prompt[slot] & keep).at[index].max(entries.is_in_prompt, mode="drop")),
+        bias=state.bias.at[slot].set(jnp.where(keep, state.bias[slot], 0.0).at[index].add(entries.bias, mode="drop")),
+        is_end=state.is_end.at[slot].set((state.is_end[slot] & keep).at[index].max(entries.is_end, mode="drop")),
+        last_tokens=state.last_tokens,
     )
+
+
+def resolve_tokens(state: SlotState, step: StepInput) -> StepInput:
+    """The step with its pending token ids filled in."""
+    pending = state.last_tokens[step.slots[step.token_rows]]
+    return step._replace(token_ids=jnp.where(step.token_ids < 0, pending, step.token_ids))
+
+
+def remember_tokens(state: SlotState, step: StepInput, token_ids: Int32[Array, "s"]) -> SlotState:
+    """Keep what the step's rows chose, for the next step to start from."""
+    chooses = jnp.arange(step.slots.shape[0], dtype=jnp.int32) < step.counts[1]
+    slots = jnp.where(chooses, step.slots, state.last_tokens.shape[0])
+    return replace(state, last_tokens=state.last_tokens.at[slots].set(token_ids, mode="drop"))
 
 
 def count_tokens(state: SlotState, step: StepInput) -> SlotState:
@@ -96,11 +117,10 @@ def count_tokens(state: SlotState, step: StepInput) -> SlotState:
     is_real = jnp.arange(step.token_ids.shape[0], dtype=jnp.int32) < step.counts[0]
     slots = jnp.where(is_real, step.slots[step.token_rows], num_slots)
     is_output = step.is_output > 0
-    return SlotState(
+    return replace(
+        state,
         output_counts=state.output_counts.at[slots, step.token_ids].add(step.is_output, mode="drop"),
         is_in_prompt=state.is_in_prompt.at[slots, step.token_ids].max(~is_output, mode="drop"),
-        bias=state.bias,
-        is_end=state.is_end,
     )
 
 

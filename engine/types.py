@@ -38,6 +38,11 @@ class SamplingParams:
     logprobs: int | None = None  # top entries per generated token; 0 gives the chosen token's alone
     prompt_logprobs: int | None = None  # the same for every prompt token but the first
 
+    @property
+    def has_penalties(self) -> bool:
+        """True if tokens that came before change the choice."""
+        return self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
@@ -49,6 +54,9 @@ class GenerationRequest:
     choice: int = 0  # index among the choices of this prompt; part of the randomness
     arrival_s: float = 0.0  # monotonic clock of the front end
     deadline_s: float | None = None  # the same clock
+    tenant: str = ""  # opaque; tenants share the engine fairly
+    priority: int = 0  # within the tenant; the higher goes first
+    cache_salt: str = ""  # requests find each other's cached prefixes only under the same salt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +84,7 @@ class TokenDelta:
     logprobs: tuple[TokenLogprob, ...] = ()  # one per token id when the request asked for logprobs, else empty
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
-    num_cached_tokens: int = 0
+    num_cached_tokens: int = 0  # prompt tokens found in the prefix cache when the generation first ran; the same in all its deltas
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +115,8 @@ class EngineInfo:
     num_params: int
     weight_bytes: int
     num_programs: int  # compiled before readiness
+    num_cached_programs: int = 0  # of these, read from the persistent compilation cache
+    step_s: float = 0.0  # how long the largest step takes, measured before readiness
     load_s: float
     compile_s: float
 
@@ -117,8 +127,11 @@ class EngineStats:
 
     num_running: int = 0
     num_waiting: int = 0
-    num_blocks_used: int = 0
+    num_blocks_used: int = 0  # held by running sequences
+    num_blocks_cached: int = 0  # held by nobody, kept for the prefix cache
     num_blocks: int = 0
     num_steps: int = 0
     num_preemptions: int = 0
+    num_lookup_tokens: int = 0  # prompt tokens looked up in the prefix cache
+    num_hit_tokens: int = 0  # of these, found
     num_late_compilations: int = 0  # after readiness; stays 0

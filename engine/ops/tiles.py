@@ -31,6 +31,20 @@ def map_rows(function: Callable[..., Any], num_rows: Int32[Array, ""], *arrays: 
     return _loop(lambda i: function(*jax.tree.map(lambda a: _tile(a, i), arrays)), -(-num_rows // TILE), _rows_of(arrays), TILE)
 
 
+def map_slices(function: Callable[..., Any], num_rows: Int32[Array, ""], *arrays: Any, slice_len: int) -> Any:
+    """As `map_rows`, for a `function` whose intermediate results are large: at most `slice_len` rows are at work at the same time."""
+    if loops_over_tiles():
+        return map_rows(function, num_rows, *arrays)
+    padded = jax.tree.map(lambda a: jnp.pad(a, [(0, -a.shape[0] % slice_len)] + [(0, 0)] * (a.ndim - 1)), arrays)
+    result = _loop(
+        lambda i: function(*jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, i * slice_len, slice_len), padded)),
+        -(-num_rows // slice_len),
+        _rows_of(padded),
+        slice_len,
+    )
+    return jax.tree.map(lambda a: a[: _rows_of(arrays)], result)
+
+
 def map_each(function: Callable[..., Any], num_items: Int32[Array, ""], *arrays: Any) -> Any:
     """`function` on each of the first `num_items` entries of `arrays`, without the leading axis; results are stacked."""
     if not loops_over_tiles():

@@ -184,6 +184,62 @@ def test_answers_are_the_same_bits_after_preemption(runner: ModelRunner, alone: 
     assert together == alone
 
 
+def test_answers_are_the_same_bits_after_a_prefix_hit(runner: ModelRunner, alone: dict[str, Answer]):
+    core = core_of(runner)
+
+    cold = [finish(core, [each])[each.request_id] for each in REQUESTS]
+    num_hit_before = core.cache.num_hit_tokens
+    warm = [finish(core, [each])[each.request_id] for each in REQUESTS]
+
+    assert core.cache.num_hit_tokens > num_hit_before + 60
+    assert cold == warm == list(alone.values())
+
+
+def test_choices_of_one_prompt_share_its_blocks_and_keep_their_bits(runner: ModelRunner):
+    choices = [replace(request(str(choice), PROMPTS[6], seed=4, logprobs=2), choice=choice) for choice in range(6)]
+    core = core_of(runner)
+
+    together = finish(core, choices)
+
+    assert core.cache.num_hit_tokens >= 5 * 39
+    assert together == {each.request_id: finish(core_of(runner), [each])[each.request_id] for each in choices}
+    assert len({tuple(answer.token_ids) for answer in together.values()}) == 6
+
+
+@pytest.mark.parametrize("num_given", [1, 5, 13])
+def test_an_answer_that_goes_on_in_another_engine_has_the_same_bits(runner: ModelRunner, alone: dict[str, Answer], num_given: int):
+    core = core_of(runner)
+    rest: dict[str, Answer] = {}
+
+    for each in REQUESTS:
+        whole = alone[each.request_id]
+        if len(whole.token_ids) > num_given:
+            rest[each.request_id] = Answer(
+                token_ids=whole.token_ids[:num_given],
+                logprobs=whole.logprobs[:num_given],
+                prompt_logprobs=list(whole.prompt_logprobs),
+            )
+            core.submit(each, output_token_ids=tuple(whole.token_ids[:num_given]), num_scored_tokens=len(whole.prompt_logprobs))
+    while core.has_work:
+        for delta in core.step():
+            rest[delta.request_id].add(delta)
+
+    assert len(rest) >= 8
+    assert rest == {name: alone[name] for name in rest}
+
+
+def test_a_score_that_was_cut_off_goes_on_where_it_was(runner: ModelRunner, alone: dict[str, Answer]):
+    whole = alone["only scored"]
+    core, rest = core_of(runner), Answer(prompt_logprobs=whole.prompt_logprobs[:9])
+
+    core.submit(next(each for each in REQUESTS if each.request_id == "only scored"), num_scored_tokens=9)
+    while core.has_work:
+        for delta in core.step():
+            rest.add(delta)
+
+    assert rest == whole
+
+
 def test_a_sequence_that_fails_takes_nobody_with_it(runner: ModelRunner, alone: dict[str, Answer]):
     core = core_of(runner)
     victim = request("victim", PROMPTS[7], temperature=0, max_tokens=40)

@@ -1,5 +1,6 @@
 """Choosing tokens against plain NumPy: sorting instead of bisecting, float64 instead of float32."""
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 
 from engine.sampling import (
     Knobs,
+    SlotEntries,
     SlotState,
     adjust,
     choose_tokens,
@@ -249,6 +251,7 @@ def filled_slots(vocab_size: int) -> SlotState:
         is_in_prompt=jnp.asarray(random.random((3, vocab_size)) < 0.2),
         bias=jnp.asarray(random.choice([0, 0, 2.5, -100], (3, vocab_size)).astype(np.float32)),
         is_end=jnp.asarray(random.random((3, vocab_size)) < 0.05),
+        last_tokens=jnp.asarray(random.integers(0, vocab_size, 3).astype(np.int32)),
     )
 
 
@@ -290,7 +293,7 @@ def test_end_tokens_are_never_chosen_while_masked():
     logits = np.zeros(131, np.float32)
     logits[[2, 50]] = 60
     state = empty_slots(2, 131)
-    state = SlotState(state.output_counts, state.is_in_prompt, state.bias, state.is_end.at[1, jnp.asarray([2, 50])].set(True))
+    state = replace(state, is_end=state.is_end.at[1, jnp.asarray([2, 50])].set(True))
 
     chosen = choose(logits, state, num_rows=4, slots=[1, 1, 1, 0], mask_end=[1, 1, 0, 1], temperature=[0, 1, 0, 0], seeds=[1, 2, 3, 4])
 
@@ -318,18 +321,22 @@ def test_logprobs_are_the_log_softmax_and_the_chosen_float_is_the_one_in_top(voc
         assert found.chosen[row] == found.top[row, found.top_ids[row].tolist().index(token)]
 
 
-def write(state: SlotState, slot: int, entries: list[tuple[int, float, bool]], *, is_first: bool) -> SlotState:
-    padded = entries + [(-1, 0.0, False)] * (256 - len(entries))
-    ids, bias, is_end = (jnp.asarray(np.array(column)) for column in zip(*padded, strict=True))
-    return write_slot(state, jnp.int32(slot), jnp.asarray(is_first), ids.astype(jnp.int32), bias.astype(jnp.float32), is_end.astype(bool))
+def write(state: SlotState, slot: int, *, is_first: bool, **columns: list[Any]) -> SlotState:
+    """Enter `columns` of `SlotEntries`, padded to 256 tokens."""
+    fills = {"ids": (-1, np.int32), "bias": (0, np.float32), "is_end": (0, bool), "is_in_prompt": (0, bool), "num_outputs": (0, np.int32)}
+    arrays = {name: np.full(256, fill, dtype) for name, (fill, dtype) in fills.items()}
+    for name, column in columns.items():
+        arrays[name][: len(column)] = column
+    return write_slot(state, jnp.int32(slot), jnp.asarray(is_first), SlotEntries(**{k: jnp.asarray(v) for k, v in arrays.items()}))
 
 
 def test_taking_a_slot_resets_all_of_it_and_nothing_else():
     before = filled_slots(1000)
-    entries = [(token, token / 10, False) for token in range(600, 1000)] + [(2, 0.0, True), (700, 0.0, True)]
+    biased = list(range(600, 1000))
 
-    after = write(before, 1, entries[:256], is_first=True)
-    after = write(after, 1, entries[256:], is_first=False)
+    after = write(before, 1, is_first=True, ids=biased[:256], bias=[token / 10 for token in biased[:256]])
+    after = write(after, 1, is_first=False, ids=biased[256:], bias=[token / 10 for token in biased[256:]])
+    after = write(after, 1, is_first=False, ids=[2, 700], is_end=[True, True])
 
     assert not np.asarray(after.output_counts[1]).any()
     assert not np.asarray(after.is_in_prompt[1]).any()
@@ -339,11 +346,25 @@ def test_taking_a_slot_resets_all_of_it_and_nothing_else():
         np.testing.assert_array_equal(one[np.array([0, 2])], other[np.array([0, 2])])
 
 
+def test_a_slot_can_begin_with_tokens_that_were_seen_before():
+    after = write(
+        filled_slots(50),
+        1,
+        is_first=True,
+        ids=[3, 9, 9, 12],
+        is_in_prompt=[True, True, False, False],
+        num_outputs=[0, 0, 2, 1],
+    )
+
+    assert np.flatnonzero(after.is_in_prompt[1]).tolist() == [3, 9]
+    assert {token: int(after.output_counts[1, token]) for token in np.flatnonzero(after.output_counts[1])} == {9: 2, 12: 1}
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_penalty_that_overflows_fails_its_row_alone(temperature: float):
     logits = jnp.asarray(np.random.default_rng(0).standard_normal((2, 300)), jnp.float32)
     state = empty_slots(2, 300)
-    state = SlotState(state.output_counts, jnp.ones_like(state.is_in_prompt), state.bias, state.is_end)
+    state = replace(state, is_in_prompt=jnp.ones_like(state.is_in_prompt))
 
     token_ids, is_sound = run_choose_checked(
         logits, state, knobs(2, temperature=temperature, repetition_penalty=np.array([1e-39, 1.1], np.float32))
@@ -356,7 +377,7 @@ def test_a_penalty_that_overflows_fails_its_row_alone(temperature: float):
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_row_whose_every_token_is_masked_fails(temperature: float):
     state = empty_slots(1, 10)
-    state = SlotState(state.output_counts, state.is_in_prompt, state.bias, jnp.ones_like(state.is_end))
+    state = replace(state, is_end=jnp.ones_like(state.is_end))
 
     token_ids, is_sound = run_choose_checked(jnp.zeros((1, 10)), state, knobs(1, temperature=temperature, mask_end=1))
 

@@ -134,11 +134,11 @@ class ForwardHarness:
         rows: list[list[NDArray[np.float32]]] = [[] for _ in work]
         for step in range(max(len(chunks) for _, chunks in work)):
             items = tuple(
-                ScheduledTokens(sequence=sequence, num_tokens=chunks[step])
+                ScheduledTokens(sequence=sequence, start=sequence.num_computed_tokens, num_tokens=chunks[step], chooses_token=False)
                 for sequence, (_, chunks) in zip(sequences, work, strict=True)
                 if step < len(chunks)
             )
-            batch = self.batcher.build(Schedule(items=items, admitted=()))
+            batch = self.batcher.build(Schedule(items=items, admitted=() if step else tuple(sequences)))
             logits, cache = self._steps[batch.layout](self.params, cache, batch.packed)
             for item, start in zip(batch.items, batch.token_starts, strict=True):
                 item.sequence.num_computed_tokens += item.num_tokens

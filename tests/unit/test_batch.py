@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.batch import TILE, Batch, Batcher, StepInput, StepKind, StepLayout
+from engine.batch import PENDING, TILE, Batch, Batcher, StepInput, StepKind, StepLayout
+from engine.prompt_scores import ScoreCollector
 from engine.scheduler import Schedule, ScheduledTokens
 from engine.sequence import Sequence
 from engine.types import GenerationRequest, SamplingParams
@@ -36,15 +37,30 @@ def sequence_of(
     request = GenerationRequest(
         request_id="r", prompt_token_ids=tuple(tokens[:num_prompt]), sampling=sampling or SamplingParams(temperature=0.0), choice=choice
     )
-    sequence = Sequence(request=request, arrival=0, token_ids=tokens, num_computed_tokens=num_computed, slot=slot)
+    sequence = Sequence(
+        request=request,
+        arrival=0,
+        token_ids=tokens,
+        num_computed_tokens=num_computed,
+        slot=slot,
+        score_collector=ScoreCollector(BLOCK_SIZE) if request.sampling.prompt_logprobs is not None else None,
+    )
     sequence.block_ids.extend(blocks if blocks is not None else range(1, 1 + -(-len(tokens) // BLOCK_SIZE)))
     return sequence
 
 
 def build(*scheduled: tuple[Sequence, int]) -> tuple[Batch, StepInput]:
     """A built batch and what the device reads from it."""
-    items = tuple(ScheduledTokens(sequence=sequence, num_tokens=num_tokens) for sequence, num_tokens in scheduled)
-    batch = batcher().build(Schedule(items=items, admitted=()))
+    items = tuple(
+        ScheduledTokens(
+            sequence=sequence,
+            start=sequence.num_computed_tokens,
+            num_tokens=num_tokens,
+            chooses_token=num_tokens == sequence.num_remaining_tokens and sequence.request.sampling.max_tokens > 0,
+        )
+        for sequence, num_tokens in scheduled
+    )
+    batch = batcher().build(Schedule(items=items, admitted=tuple(sequence for sequence, _ in scheduled)))
     return batch, batch.layout.unpack(batch.packed, lambda bits: bits.view(np.float32))
 
 
@@ -111,8 +127,10 @@ def test_padding_goes_to_the_scratch_block() -> None:
 
 
 def test_each_prompt_token_is_scored_against_the_one_that_follows() -> None:
-    _, chunk = build((sequence_of(6), 4))
-    _, rest = build((sequence_of(6, num_computed=4), 2))
+    scored = SamplingParams(temperature=0.0, prompt_logprobs=0)
+
+    _, chunk = build((sequence_of(6, sampling=scored), 4))
+    _, rest = build((sequence_of(6, num_computed=4, sampling=scored), 2))
 
     assert chunk.targets[:4].tolist() == [11, 12, 13, 14]
     assert rest.targets[:2].tolist() == [15, 0]
@@ -130,6 +148,41 @@ def test_end_tokens_are_masked_until_min_tokens_are_out() -> None:
     masked = [build((sequence_of(3, num_output=n, num_computed=2 + n, sampling=sampling), 1))[1].mask_end[0] for n in range(4)]
 
     assert masked == [1, 1, 0, 0]
+
+
+def test_a_token_that_is_still_on_the_device_is_marked_as_pending() -> None:
+    decoding = sequence_of(3, num_output=1, num_computed=4, blocks=[1, 2])
+    decoding.num_pending_tokens = 1
+
+    batch, step = build((decoding, 1), (sequence_of(2, blocks=[5], slot=1), 2))
+
+    assert step.token_ids[:3].tolist() == [PENDING, 10, 11]
+    assert step.positions[:3].tolist() == [4, 0, 1]
+    assert step.sample_positions[:2].tolist() == [5, 2]
+    assert batch.num_sampled == 2
+
+
+def test_a_token_in_a_shared_block_is_computed_but_not_written() -> None:
+    sequence = sequence_of(8, num_computed=7, blocks=[30, 7])
+    sequence.num_shared_tokens = 8
+
+    _, step = build((sequence, 1))
+
+    assert (step.positions[0], step.cache_slots[0]) == (7, 0)
+    assert step.block_tables[0, :2].tolist() == [30, 7]
+
+
+def test_a_slot_forgets_the_blocks_and_knobs_of_its_last_sequence() -> None:
+    builder = batcher()
+    first, second = sequence_of(8, blocks=[30, 7]), sequence_of(2, blocks=[9], sampling=SamplingParams(temperature=0.5))
+
+    for sequence in (first, second):
+        item = ScheduledTokens(sequence=sequence, start=0, num_tokens=2, chooses_token=False)
+        batch = builder.build(Schedule(items=(item,), admitted=(sequence,)))
+
+    step = batch.layout.unpack(batch.packed, lambda bits: bits.view(np.float32))
+    assert step.block_tables[0].tolist() == [9] + [0] * (BLOCKS_PER_SEQ - 1)
+    assert step.temperature[0] == 0.5
 
 
 def test_a_prompt_that_wants_no_tokens_chooses_none() -> None:
@@ -177,7 +230,8 @@ def schedules(draw: st.DrawFn) -> list[tuple[Sequence, int]]:
         num_computed = draw(st.integers(0, num_prompt + num_output - 1))
         num_tokens = draw(st.integers(1, min(10, num_prompt + num_output - num_computed)))
         own, blocks = blocks[:6], blocks[6:]
-        sequence = sequence_of(num_prompt, num_output=num_output, num_computed=num_computed, blocks=list(own), slot=slot)
+        sampling = SamplingParams(prompt_logprobs=draw(st.sampled_from([None, 0])))
+        sequence = sequence_of(num_prompt, num_output=num_output, num_computed=num_computed, blocks=list(own), slot=slot, sampling=sampling)
         scheduled.append((sequence, num_tokens))
     return scheduled
 
@@ -201,13 +255,13 @@ def test_any_schedule_is_laid_out_so_that_every_token_finds_its_sequence(schedul
             assert step.token_ids[token] == sequence.token_ids[position]
             assert step.cache_slots[token] == sequence.block_ids[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
             assert step.is_output[token] == (position >= sequence.num_prompt_tokens)
-            assert step.targets[token] == [*sequence.token_ids, 0][position + 1]
+            assert step.targets[token] == ([*sequence.token_ids, 0][position + 1] if batch.kind is StepKind.SCORE else 0)
     assert sorted(seen) == list(range(sum(num_tokens for _, num_tokens in scheduled)))
     for row, item in enumerate(batch.items):
         assert step.slots[row] == item.sequence.slot
-        assert step.sample_positions[row] == item.sequence.num_tokens
+        assert step.sample_positions[row] == item.start + item.num_tokens
         assert step.sample_at[row] == batch.token_starts[row] + item.num_tokens - 1
-        assert (row < batch.num_sampled) == item.reaches_end
+        assert (row < batch.num_sampled) == item.chooses_token
 
 
 def test_the_smallest_program_that_serves_every_row_is_chosen() -> None:
@@ -269,13 +323,13 @@ def test_an_index_just_outside_its_array_is_refused(change_and_edge: tuple[Calla
 
     sequence = sequence_of()
     change(sequence, beyond)
-    with pytest.raises(RuntimeError, match=r"step input \w+ holds"):
+    with pytest.raises(RuntimeError, match=r"step input \w+ holds|admitted to slot"):
         build((sequence, 3))
 
 
 @pytest.mark.parametrize("token", [-1, VOCAB_SIZE])
 def test_a_target_outside_the_vocabulary_is_refused(token: int) -> None:
-    sequence = sequence_of(3)
+    sequence = sequence_of(3, sampling=SamplingParams(prompt_logprobs=0))
     sequence.token_ids[2] = token
 
     with pytest.raises(RuntimeError, match="step input targets holds"):
