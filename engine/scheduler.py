@@ -1,36 +1,44 @@
 """Scheduler: who computes how many tokens in this step.
 
 A pure function of its state and of what it is told: no clock, no I/O, no randomness. It spends the step's token budget on running
-sequences first (those that need a single token before those that still read their prompt), then on waiting ones, oldest first. Blocks are
-taken as tokens need them; when the pool is empty the youngest running sequence is preempted: it gives back all its blocks and
-computes again later. The oldest is never preempted, so with work pending every step makes progress.
+sequences first (those that need a single token before those that still read their prompt), then on waiting ones. What it schedules counts
+as computed from then on, so that the next step can be planned before this one has run.
 
-Nobody overtakes in the queue, so every running sequence is older than every waiting one. That bounds preemption: a sequence that was
-preempted `MAX_PREEMPTIONS` times is admitted once the pool holds all that it and its elders may ever need, and who comes later goes first.
+Rank, the order of first admission, is seniority. A sequence takes the blocks of all its tokens when it is admitted and one more whenever
+these are full. When the pool is empty the running sequence of the highest rank is preempted: it gives back all its blocks, waits before
+everybody else, and computes again what the prefix cache has lost by then. Three consequences:
+
+- Every preempted sequence is younger than every running one: the youngest gives way, nobody new comes in while a preempted one waits, and
+  these are admitted oldest first. So `running` stays sorted by appending, and the preempted ones are a stack.
+- The oldest never gives way, so with work pending every step makes progress. Only single tokens take blocks while running, and they are
+  scheduled in order of rank, so who gives way has nothing scheduled in this step that others may already count on.
+- Preemptions of one sequence are bounded. One that gave way `MAX_PREEMPTIONS` times is admitted only when the pool holds all that it and
+  the running sequences may ever need. All its elders are among these, so once its juniors have given way, nobody can lack a block.
 """
 
-from collections import OrderedDict
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from engine.block_pool import BlockPool
 from engine.config import SchedulerConfig
+from engine.fair_queue import FairQueue
+from engine.prefix_cache import PrefixCache
 from engine.sequence import Sequence
 
 WATERMARK_SHARE = 0.01  # of the pool's blocks kept free when admitting, against thrashing
 MAX_PREEMPTIONS = 3  # of one sequence
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScheduledTokens:
-    """`num_tokens` tokens of one sequence, starting at its `num_computed_tokens`."""
+class ScheduledTokens(NamedTuple):
+    """`num_tokens` tokens of one sequence. It says all that the step's result is read by, because the sequence itself moves on.
+
+    A tuple, not a dataclass: hundreds are made in every step, at a quarter of the cost.
+    """
 
     sequence: Sequence
+    start: int  # position of the first one
     num_tokens: int
-
-    @property
-    def reaches_end(self) -> bool:
-        """True if the next token can be chosen after this step."""
-        return self.num_tokens == self.sequence.num_remaining_tokens
+    chooses_token: bool  # the step's result gives the token after the last one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,112 +52,183 @@ class Schedule:
 class Scheduler:
     """Owns the queues, the slots and, through the pool, every sequence's blocks."""
 
-    def __init__(self, config: SchedulerConfig, pool: BlockPool, *, block_size: int):
+    def __init__(self, config: SchedulerConfig, pool: BlockPool, cache: PrefixCache, *, block_size: int):
         self.config = config
         self.pool = pool
+        self.cache = cache
         self.block_size = block_size
-        self._waiting: OrderedDict[int, Sequence] = OrderedDict()  # by arrival, oldest first; anyone can leave at once
-        self.running: list[Sequence] = []  # oldest first
+        self.running: list[Sequence] = []  # by rank
         self.num_preemptions = 0
-        self._free_slots = list(reversed(range(config.max_num_seqs)))
+        self._preempted: list[Sequence] = []  # by rank, the oldest last
+        self._newcomers = FairQueue()
+        self._num_ranks = 0
+        # No more than the budget has tokens: everybody who runs gets at least one token in every step.
+        self._free_slots = list(reversed(range(min(config.max_num_seqs, config.max_num_batched_tokens))))
         self._watermark = int(pool.num_blocks * WATERMARK_SHARE)
 
     @property
     def waiting(self) -> tuple[Sequence, ...]:
-        """Oldest first."""
-        return tuple(self._waiting.values())
+        """The preempted ones by rank, then the newcomers of each tenant in their order."""
+        return *reversed(self._preempted), *self._newcomers
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._preempted) + len(self._newcomers)
 
     @property
     def has_work(self) -> bool:
-        return bool(self._waiting or self.running)
+        return bool(self.running or self._preempted or self._newcomers)
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a new sequence behind all others."""
-        self._waiting[sequence.arrival] = sequence
+        """Queue a new sequence."""
+        self._newcomers.add(sequence)
 
-    def remove(self, sequence: Sequence) -> None:
-        """Forget a sequence that finished or was aborted; its blocks and its slot are free at once."""
+    def remove(self, sequence: Sequence, *, discard: bool = False) -> None:
+        """Forget a sequence that finished or was aborted; its blocks and its slot are free at once.
+
+        With `discard` the prefix cache forgets its blocks, too: their numbers are not to be trusted.
+        """
+        if sequence.rank is None:
+            self._newcomers.remove(sequence)
+            return
+        self._newcomers.settle(sequence)
         if sequence.slot is None:
-            del self._waiting[sequence.arrival]
+            self._preempted.remove(sequence)
         else:
             self.running.remove(sequence)
             self._release(sequence)
+        if discard:
+            self.cache.forget(sequence)
 
     def schedule(self) -> Schedule:
-        """Choose this step's tokens and give every chosen sequence the blocks they need."""
-        budget = self.config.max_num_batched_tokens
-        items: list[ScheduledTokens] = []
+        """Choose this step's tokens, give every chosen sequence the blocks they need, and count the tokens as computed."""
         preemptions_before = self.num_preemptions
-        for sequence in sorted(self.running, key=lambda running: running.num_remaining_tokens > 1):
-            if sequence.slot is None:  # preempted in favour of an older one in this very loop
-                continue
-            num_tokens = min(sequence.num_remaining_tokens, budget)
-            if num_tokens and self._make_room(sequence, num_tokens, items):
-                items.append(ScheduledTokens(sequence=sequence, num_tokens=num_tokens))
-                budget -= num_tokens
-
-        admitted: list[Sequence] = []
-        is_under_pressure = self.num_preemptions > preemptions_before
-        while self._waiting and budget and self._free_slots and not is_under_pressure:
-            sequence = next(iter(self._waiting.values()))
-            if not self._can_admit(sequence):
+        items, readers = self._go_on()
+        budget = self.config.max_num_batched_tokens - len(items)
+        for sequence in readers:
+            if not budget:
                 break
-            del self._waiting[sequence.arrival]
-            self.running.append(sequence)
-            sequence.slot = self._free_slots.pop()
-            num_tokens = min(sequence.num_remaining_tokens, budget)
-            self._take_blocks(sequence, num_tokens)
-            items.append(ScheduledTokens(sequence=sequence, num_tokens=num_tokens))
-            admitted.append(sequence)
-            budget -= num_tokens
+            budget -= self._read(sequence, budget, items)
+        # A preempted sequence may have a pending token. It is known before the next pass, and nobody is let in before that.
+        admitted = self._admit(budget, items) if self.num_preemptions == preemptions_before else []
         return Schedule(items=tuple(items), admitted=tuple(admitted))
 
-    def _can_admit(self, sequence: Sequence) -> bool:
-        """Whether all its tokens so far would fit, not only this step's: it would be preempted halfway and compute them in vain."""
-        if not self.running:
-            return True
-        if sequence.num_preemptions < MAX_PREEMPTIONS:
-            return self._num_missing_blocks(sequence, sequence.num_tokens) <= self.pool.num_free - self._watermark
-        return sum(self._num_blocks(each.max_len) for each in (*self.running, sequence)) <= self.pool.num_blocks
+    def _go_on(self) -> tuple[list[ScheduledTokens], list[Sequence]]:
+        """Schedule every sequence that needs a single token; returns also those that need more.
 
-    def _make_room(self, sequence: Sequence, num_tokens: int, items: list[ScheduledTokens]) -> bool:
-        """Take the missing blocks, preempting the youngest while there are too few; False if that was `sequence` itself."""
-        while self._num_missing_blocks(sequence, num_tokens) > self.pool.num_free:
-            youngest = self.running[-1]
-            items[:] = [item for item in items if item.sequence is not youngest]
+        This loop runs over every sequence in every step, hence no calls in it that a comparison can spare.
+        """
+        items: list[ScheduledTokens] = []
+        readers: list[Sequence] = []
+        block_size = self.block_size
+        for sequence in self.running:  # the loop body removes at the end of the list only
+            start = sequence.num_computed_tokens
+            num_pending = sequence.num_pending_tokens
+            num_remaining = len(sequence.token_ids) + num_pending - start
+            if num_remaining != 1:
+                if num_remaining > 1:
+                    readers.append(sequence)
+                continue
+            if num_pending and (sequence.needs_host or start + 1 >= sequence.max_len):
+                continue
+            if start == len(sequence.block_ids) * block_size and not self._extend(sequence):
+                break
+            chooses_token = num_pending > 0 or sequence.request.sampling.max_tokens > 0
+            sequence.num_computed_tokens = start + 1
+            sequence.num_pending_tokens = num_pending + chooses_token
+            items.append(ScheduledTokens(sequence, start, 1, chooses_token))
+        return items, readers
+
+    def _extend(self, sequence: Sequence) -> bool:
+        """Register its last block, which is full, and take another one, preempting the youngest; False if that was `sequence` itself."""
+        self._register_last_block(sequence)
+        while not self.pool.num_free:
+            youngest = self.running.pop()
             self._preempt(youngest)
             if youngest is sequence:
                 return False
-        self._take_blocks(sequence, num_tokens)
+        sequence.block_ids.extend(self.pool.take(1))
         return True
 
+    def _read(self, sequence: Sequence, budget: int, items: list[ScheduledTokens]) -> int:
+        """Schedule as much of what it has left as the budget allows; returns how much that is."""
+        start = sequence.num_computed_tokens
+        num_tokens = min(sequence.num_tokens - start, budget)
+        reaches_end = start + num_tokens == sequence.num_tokens
+        chooses_token = reaches_end and sequence.request.sampling.max_tokens > 0
+        sequence.num_computed_tokens = start + num_tokens
+        sequence.num_pending_tokens += chooses_token
+        # At once: a step writes all its keys and values before it reads any, so the next one admitted may share these blocks.
+        self.cache.insert(sequence, start=start)
+        items.append(ScheduledTokens(sequence, start, num_tokens, chooses_token))
+        return num_tokens
+
+    def _admit(self, budget: int, items: list[ScheduledTokens]) -> list[Sequence]:
+        """Let in who waits while there is room; nobody overtakes one that does not fit yet."""
+        admitted: list[Sequence] = []
+        while budget and self._free_slots and (sequence := self._next()):
+            hit = self.cache.lookup(sequence)
+            if not self._fits(sequence, hit):
+                break
+            self._start(sequence, hit)
+            budget -= self._read(sequence, budget, items)
+            admitted.append(sequence)
+        return admitted
+
+    def _next(self) -> Sequence | None:
+        return self._preempted[-1] if self._preempted else self._newcomers.head()
+
+    def _fits(self, sequence: Sequence, hit: list[int]) -> bool:
+        """Whether the pool has room for all its tokens so far, not only for this step's."""
+        if not self.running:
+            return True
+        if sequence.num_preemptions < MAX_PREEMPTIONS:
+            num_found = sum(self.pool.is_held(block) for block in hit)
+            return self._num_blocks(sequence.num_tokens) - num_found <= self.pool.num_free - self._watermark
+        return sum(self._num_blocks(each.max_len) for each in (*self.running, sequence)) <= self.pool.num_blocks
+
+    def _start(self, sequence: Sequence, hit: list[int]) -> None:
+        """Give it a slot and the blocks of all its tokens; those found are computed already."""
+        num_tokens = sequence.num_tokens
+        self.pool.share(hit)
+        sequence.block_ids.extend(hit)
+        sequence.block_ids.extend(self.pool.take(self._num_blocks(num_tokens) - len(hit)))
+        sequence.slot = self._free_slots.pop()
+        sequence.num_shared_tokens = len(hit) * self.block_size
+        # The last token is computed in any case: its result is the next token.
+        sequence.num_computed_tokens = min(sequence.num_shared_tokens, num_tokens - 1)
+        sequence.cached_scores = self.cache.scores(sequence, len(hit))
+        self.running.append(sequence)
+        if sequence.rank is not None:
+            self._preempted.pop()
+            return
+        self._newcomers.admit(sequence)
+        sequence.rank = self._num_ranks
+        self._num_ranks += 1
+        sequence.num_cached_tokens = min(sequence.num_computed_tokens, sequence.num_prompt_tokens)
+        self.cache.count(sequence)
+
     def _preempt(self, sequence: Sequence) -> None:
-        self.running.remove(sequence)
         self._release(sequence)
-        sequence.num_computed_tokens = 0
         sequence.num_preemptions += 1
         self.num_preemptions += 1
-        self._waiting[sequence.arrival] = sequence
-        self._waiting.move_to_end(sequence.arrival, last=False)
+        self._preempted.append(sequence)
 
     def _release(self, sequence: Sequence) -> None:
+        """Take back slot and blocks, keeping for the cache what is full."""
+        self._register_last_block(sequence)
         self.pool.give_back(sequence.block_ids)
         del sequence.block_ids[:]
-        if sequence.slot is not None:
-            self._free_slots.append(sequence.slot)
-            sequence.slot = None
+        assert sequence.slot is not None, "a running sequence has a slot"
+        self._free_slots.append(sequence.slot)
+        sequence.slot = None
+        sequence.num_computed_tokens = 0
+        sequence.num_shared_tokens = 0
+        sequence.cached_scores = ()
+
+    def _register_last_block(self, sequence: Sequence) -> None:
+        """All blocks before that of the newest computed token are registered already."""
+        self.cache.insert(sequence, start=max(0, sequence.num_computed_tokens - self.block_size))
 
     def _num_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
-
-    def _num_missing_blocks(self, sequence: Sequence, num_tokens: int) -> int:
-        """Blocks to take before the next `num_tokens` tokens have their places."""
-        return self._num_blocks(sequence.num_computed_tokens + num_tokens) - len(sequence.block_ids)
-
-    def _take_blocks(self, sequence: Sequence, num_tokens: int) -> None:
-        if count := self._num_missing_blocks(sequence, num_tokens):
-            sequence.block_ids.extend(self.pool.take(count))

@@ -1,0 +1,144 @@
+"""PrefixCache: finds the leading blocks of a sequence that some other sequence has computed already.
+
+A full block is found by its key, a chained hash over everything that its keys and values depend on:
+
+    root = sha256(length of the salt, salt)        key of block i = sha256(key of block i - 1, the block's tokens as int32)
+
+So equal keys mean equal tokens from the first one on, under one salt; tokens and parent are compared all the same. A block that is being
+computed for the first time is never found half full, and one that is found is never written again, so there is nothing to copy.
+
+The scheduler looks up on admission and inserts what it schedules; the core adds the log-probabilities that a scored prompt's blocks gave.
+Which entry goes when blocks run short is the pool's order: see `engine/block_pool.py`.
+"""
+
+from array import array
+from dataclasses import dataclass
+from hashlib import sha256
+
+import numpy as np
+
+from engine.block_pool import BlockPool
+from engine.prompt_scores import BlockScores
+from engine.sequence import Sequence
+
+NO_SCORES = BlockScores(
+    targets=np.zeros(0, np.int32),
+    chosen=np.zeros(0, np.float32),
+    top_ids=np.zeros((0, 0), np.int32),
+    top=np.zeros((0, 0), np.float32),
+)
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Entry:
+    block: int
+    parent: bytes  # key of the block before
+    tokens: bytes  # int32 [block size]
+    scores: BlockScores | None = None
+
+
+class PrefixCache:
+    """Entries by key, one block each. The pool tells it which block is reused."""
+
+    def __init__(self, pool: BlockPool, *, block_size: int):
+        self.block_size = block_size
+        self.num_lookup_tokens = 0  # prompt tokens of the sequences that were let in
+        self.num_hit_tokens = 0  # of these, found
+        self._pool = pool
+        self._entries: dict[bytes, _Entry] = {}
+        self._keys: dict[int, bytes] = {}  # by block
+        pool.on_evict = self._remove
+
+    def lookup(self, sequence: Sequence) -> list[int]:
+        """Blocks of the sequence's leading full blocks, as far as they are known. Nobody may take a block before these are shared.
+
+        For a sequence whose prompt is scored, a block counts only if it can give the scores that are still to be sent.
+        """
+        blocks: list[int] = []
+        for index in range(len(sequence.token_ids) // self.block_size):
+            tokens = self._tokens(sequence, index)
+            parent = self._parent(sequence, index)
+            entry = self._entries.get(self._key(sequence, index, parent, tokens))
+            if entry is None or entry.tokens != tokens or entry.parent != parent or not self._can_score(entry, sequence, index):
+                break
+            blocks.append(entry.block)
+        return blocks
+
+    def scores(self, sequence: Sequence, num_blocks: int) -> tuple[BlockScores, ...]:
+        """What the `num_blocks` blocks just found gave, one each, if the sequence has still to send some of it, else nothing.
+
+        A block without a score to send may have an empty one.
+        """
+        if not any(self._unsent(sequence, index) for index in range(num_blocks)):
+            return ()
+        entries = (self._entries[key] for key in sequence.block_keys[:num_blocks])
+        return tuple(NO_SCORES if entry.scores is None else entry.scores for entry in entries)
+
+    def count(self, sequence: Sequence) -> None:
+        """Enter a sequence that was just let in for the first time into the totals."""
+        self.num_lookup_tokens += sequence.num_prompt_tokens
+        self.num_hit_tokens += sequence.num_cached_tokens
+
+    def insert(self, sequence: Sequence, *, start: int = 0) -> None:
+        """Register the full blocks whose tokens are known and computed, from the one with the token at `start` on.
+
+        A block whose key is known already stays a private copy.
+        """
+        num_full = min(sequence.num_computed_tokens, len(sequence.token_ids)) // self.block_size
+        for index in range(start // self.block_size, num_full):
+            tokens = self._tokens(sequence, index)
+            parent = self._parent(sequence, index)
+            key = self._key(sequence, index, parent, tokens)
+            if key not in self._entries:
+                block = sequence.block_ids[index]
+                self._pool.keep(block)
+                self._entries[key] = _Entry(block=block, parent=parent, tokens=tokens)
+                self._keys[block] = key
+
+    def keep_scores(self, key: bytes, scores: BlockScores) -> None:
+        """Keep what a block's positions gave, beside the block; nothing happens if it is gone."""
+        if entry := self._entries.get(key):
+            entry.scores = scores
+
+    def forget(self, sequence: Sequence) -> None:
+        """Drop the entries of all its blocks: their numbers are not to be trusted."""
+        for key in sequence.block_keys:
+            if entry := self._entries.get(key):
+                self._remove(entry.block)
+                self._pool.drop(entry.block)
+
+    def _remove(self, block: int) -> None:
+        del self._entries[self._keys.pop(block)]
+
+    def _tokens(self, sequence: Sequence, index: int) -> bytes:
+        first = index * self.block_size
+        return array("i", sequence.token_ids[first : first + self.block_size]).tobytes()
+
+    def _parent(self, sequence: Sequence, index: int) -> bytes:
+        return sequence.block_keys[index - 1] if index else _root(sequence.request.cache_salt)
+
+    def _key(self, sequence: Sequence, index: int, parent: bytes, tokens: bytes) -> bytes:
+        """Computed once per block of a sequence; blocks are asked for in order."""
+        if index == len(sequence.block_keys):
+            sequence.block_keys.append(sha256(parent + tokens).digest())
+        return sequence.block_keys[index]
+
+    def _unsent(self, sequence: Sequence, index: int) -> range:
+        """Positions of a block whose scores are still to be sent."""
+        if sequence.request.sampling.prompt_logprobs is None:
+            return range(0)
+        first = index * self.block_size
+        return range(max(first, sequence.num_scored_tokens), min(first + self.block_size, sequence.num_prompt_tokens - 1))
+
+    def _can_score(self, entry: _Entry, sequence: Sequence, index: int) -> bool:
+        unsent = self._unsent(sequence, index)
+        if not unsent or entry.scores is None:
+            return not unsent
+        first = index * self.block_size
+        targets = entry.scores.targets[unsent.start - first : unsent.stop - first]
+        return targets.tolist() == sequence.token_ids[unsent.start + 1 : unsent.stop + 1]
+
+
+def _root(salt: str) -> bytes:
+    data = salt.encode()
+    return sha256(len(data).to_bytes(8, "little") + data).digest()
