@@ -15,18 +15,9 @@ from array import array
 from dataclasses import dataclass
 from hashlib import sha256
 
-import numpy as np
-
 from engine.block_pool import BlockPool
 from engine.prompt_scores import BlockScores
 from engine.sequence import Sequence
-
-NO_SCORES = BlockScores(
-    targets=np.zeros(0, np.int32),
-    chosen=np.zeros(0, np.float32),
-    top_ids=np.zeros((0, 0), np.int32),
-    top=np.zeros((0, 0), np.float32),
-)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -65,14 +56,10 @@ class PrefixCache:
         return blocks
 
     def scores(self, sequence: Sequence, num_blocks: int) -> tuple[BlockScores, ...]:
-        """What the `num_blocks` blocks just found gave, one each, if the sequence has still to send some of it, else nothing.
-
-        A block without a score to send may have an empty one.
-        """
-        if not any(self._unsent(sequence, index) for index in range(num_blocks)):
-            return ()
-        entries = (self._entries[key] for key in sequence.block_keys[:num_blocks])
-        return tuple(NO_SCORES if entry.scores is None else entry.scores for entry in entries)
+        """Of the `num_blocks` leading blocks just found, those with scores to send, from the one of the first such position on."""
+        indices = range(sequence.num_scored_tokens // self.block_size, num_blocks)
+        entries = (self._entries[sequence.block_keys[index]] for index in indices if self._unsent(sequence, index))
+        return tuple(entry.scores for entry in entries if entry.scores is not None)
 
     def count(self, sequence: Sequence) -> None:
         """Enter a sequence that was just let in for the first time into the totals."""
