@@ -1,8 +1,12 @@
 """`python -m engine --fd N` is the engine process; `server/supervisor.py` starts it with one end of a socket pair as descriptor N.
 
 Two threads. The reader turns frames into messages; the end of the connection, at any time, ends the process at once, so that no engine
-outlives its server, not even one that is loading or compiling. The main thread builds the engine and then runs the loop: take what
-arrived, step, send the news. jax is imported only when the options are here and the reader is watching.
+outlives its server, not even one that is loading or compiling; a stopped one, which sees nothing, is the kernel's to kill (`die_with_parent`).
+The main thread builds the engine and then runs the loop: take what arrived, step, send the news. jax is imported only when the options are
+here and the reader is watching.
+
+The server takes silence for a hang, so something is said at least every `SIGN_OF_LIFE_S`: by the loop, which a hanging step keeps from it,
+and before readiness by a thread of its own, because one tensor or program may take minutes.
 
 The process ends in three ways: with its connection (status 0), because it cannot start for a reason that a restart does not cure (2, after
 `Failed` with the reason), or by an unexpected exception, traceback on stderr (1; the supervisor starts another). Ctrl-C in the terminal and
@@ -10,6 +14,7 @@ a service manager's SIGTERM reach the whole process group and are ignored here: 
 """
 
 import argparse
+import ctypes
 import faulthandler
 import gc
 import os
@@ -21,6 +26,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -43,11 +49,13 @@ from engine.messages import (
 from engine.transport import BlockingChannel
 from engine.types import EngineInfo, EngineStats, GenerationRequest, Progress, TokenDelta
 
-SIGN_OF_LIFE_S = 0.5  # at most this long without a message while there is work
+SIGN_OF_LIFE_S = 0.5  # at most this long, and a step, without a message
 WORKSPACE_BYTES = 2 << 30  # of an accelerator: activations and what the programs themselves take
 
 START_FAILED = 2
 CRASHED = 1
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class Core(Protocol):
@@ -55,7 +63,7 @@ class Core(Protocol):
 
     info: EngineInfo
 
-    def submit(self, request: GenerationRequest) -> None:
+    def submit(self, request: GenerationRequest, *, output_token_ids: tuple[int, ...] = (), num_scored_tokens: int = 0) -> None:
         """Raises `RequestError` for a request that can never run."""
         ...
 
@@ -85,9 +93,9 @@ class EngineLoop:
     def take(self, message: FromServer) -> None:
         """Let one message change what the next turn does."""
         match message:
-            case Submit(request=request):
+            case Submit(request=request, output_token_ids=output, num_scored_tokens=num_scored):
                 try:
-                    self._core.submit(request)
+                    self._core.submit(request, output_token_ids=output, num_scored_tokens=num_scored)
                 except RequestError as error:
                     self._send(Refused(request.request_id, str(error)))
             case Abort(request_id=request_id):
@@ -104,10 +112,9 @@ class EngineLoop:
             self._last_stats, self._last_sent_s = stats, self._clock()
 
     def _is_worth_telling(self, stats: EngineStats) -> bool:
-        """Without deltas: the last gauges before a pause, and a sign of life during long work."""
-        if stats == self._last_stats:
-            return False
-        return not self._core.has_work or self._clock() - self._last_sent_s >= SIGN_OF_LIFE_S
+        """Without deltas: the last gauges before a pause, and a sign of life."""
+        is_last_before_pause = stats != self._last_stats and not self._core.has_work
+        return is_last_before_pause or self._clock() - self._last_sent_s >= SIGN_OF_LIFE_S
 
 
 def run_engine(channel: BlockingChannel, *, build: Build, on_disconnect: Callable[[], None]) -> int:
@@ -123,7 +130,8 @@ def run_engine(channel: BlockingChannel, *, build: Build, on_disconnect: Callabl
     if not isinstance(configure, Configure):
         raise TransportError(f"the first message must be Configure, found {type(configure).__name__}")
     try:
-        core = build(configure.options, lambda progress: channel.send(encode(Report(progress))))
+        with _signs_of_life(channel):
+            core = build(configure.options, lambda progress: channel.send(encode(Report(progress))))
     except EngineError as error:
         channel.send(encode(Failed(str(error))))
         return START_FAILED
@@ -131,7 +139,7 @@ def run_engine(channel: BlockingChannel, *, build: Build, on_disconnect: Callabl
     _settle_memory()
     channel.send(encode(Ready(core.info)))
     while True:
-        for message in _arrived(inbox, wait=not core.has_work):
+        for message in _arrived(inbox, wait_s=0.0 if core.has_work else SIGN_OF_LIFE_S):
             if message is None:
                 return 0
             loop.take(message)
@@ -179,12 +187,35 @@ def _read(channel: BlockingChannel, inbox: "queue.SimpleQueue[FromServer | None]
     on_disconnect()
 
 
-def _arrived(inbox: "queue.SimpleQueue[FromServer | None]", *, wait: bool) -> Iterator[FromServer | None]:
-    """Everything in the inbox now; with `wait`, at least one message."""
-    if wait:
-        yield inbox.get()
-    while not inbox.empty():
-        yield inbox.get()
+@contextmanager
+def _signs_of_life(channel: BlockingChannel) -> Iterator[None]:
+    """Sent from a thread of their own as long as the context lasts: a slow start is not a hang, a stopped process is one."""
+    is_over = threading.Event()
+
+    def send() -> None:
+        while not is_over.wait(SIGN_OF_LIFE_S):
+            try:
+                channel.send(encode(Deltas([], EngineStats())))
+            except TransportError:  # the main thread's next report says so
+                return
+
+    sender = threading.Thread(target=send, name="signs of life", daemon=True)
+    sender.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        sender.join()
+
+
+def _arrived(inbox: "queue.SimpleQueue[FromServer | None]", *, wait_s: float) -> Iterator[FromServer | None]:
+    """Everything in the inbox now; where it is empty, the first message within `wait_s`."""
+    try:
+        yield inbox.get(timeout=wait_s) if wait_s else inbox.get_nowait()
+        while True:
+            yield inbox.get_nowait()
+    except queue.Empty:
+        return
 
 
 def _settle_memory() -> None:
@@ -193,8 +224,18 @@ def _settle_memory() -> None:
     gc.freeze()
 
 
+def die_with_parent() -> None:
+    """On Linux, have the kernel kill this process at the end of the thread that started it (the server's main thread), even while stopped.
+
+    A parent that was gone before this call shows as the end of the connection, as any parent does on other systems.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL))
+
+
 def main() -> None:
     """Ends the process itself, past interpreter shutdown, which would wait for threads of the runtime."""
+    die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     faulthandler.enable()

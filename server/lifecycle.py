@@ -116,6 +116,7 @@ class _Life:
             watcher=self._console,
             command=self._engine_command,
             stall_timeout_s=self._prepared.settings.engine_stall_timeout,
+            start_timeout_s=self._prepared.settings.engine_start_timeout,
         )
         loop = asyncio.get_running_loop()
         for signum in (signal.SIGINT, signal.SIGTERM):

@@ -1,11 +1,11 @@
 """Keeps one engine process running and the client connected to it.
 
 The engine is a child with one end of a socket pair; nothing else connects the two, and each sees the other's death as the end of the
-connection. A death is answered with a new process, at once the first time and after growing pauses while deaths repeat. Generations that
-ran in the dead process fail with `EngineDiedError`. A process that holds open generations and shows no sign of life for the stall timeout
-is killed, which makes a hang one more death. An engine that says why it cannot start (`Failed`) is not tried again.
+connection. A death is answered with a new process, at once the first time and after growing pauses while deaths repeat; what becomes of
+the generations that ran in the dead one is the client's business. A process that its `Watchdog` finds hanging is killed, which makes a hang
+one more death. An engine that says why it cannot start (`Failed`) is not tried again.
 
-Runs on the server's event loop; knows neither HTTP nor the terminal. What happens is told to a `Watcher`.
+Runs on the server's event loop in its main thread, with whose end the kernel kills the engine; knows neither HTTP nor the terminal. What happens is told to a `Watcher`.
 """
 
 import asyncio
@@ -23,13 +23,14 @@ from engine.client import RemoteEngineClient
 from engine.config import EngineOptions
 from engine.errors import EngineError
 from engine.types import EngineInfo, Progress
+from server.watchdog import Watchdog
 
 ENGINE_COMMAND = (sys.executable, "-P", "-m", "engine")  # -P: a folder called engine where we were started is not ours
 MAX_FAILED_STARTS = 3  # in a row
 STABLE_S = 60.0  # an engine that was ready this long has left earlier deaths behind
 LONGEST_PAUSE_S = 30.0
 STOP_GRACE_S = 5.0  # between the end of the connection and SIGKILL
-STALL_TICKS = 10  # looks at the engine per stall timeout
+LOOKS_PER_TIMEOUT = 10  # at the engine
 
 
 class EngineStartError(EngineError):
@@ -59,16 +60,18 @@ class Supervisor:
         *,
         watcher: Watcher,
         command: Sequence[str] = ENGINE_COMMAND,
-        stall_timeout_s: float = 60.0,
+        stall_timeout_s: float = 10.0,
+        start_timeout_s: float = 1800.0,
     ) -> None:
         self.client = RemoteEngineClient(on_progress=watcher.engine_progressed, on_ready=self._engine_ready)
         self._options = options
         self._watcher = watcher
         self._command = command
         self._stall_timeout_s = stall_timeout_s
+        self._start_timeout_s = start_timeout_s
         self._process: subprocess.Popen[bytes] | None = None
         self._ready_since_s: float | None = None
-        self._has_stalled = False
+        self._stalled_s: float | None = None  # how long the last engine did nothing, where it was killed for that
         self._stopping = asyncio.Event()
 
     async def run(self) -> None:
@@ -102,7 +105,7 @@ class Supervisor:
 
     async def _run_one_engine(self) -> int:
         """From the start of a process to its end; returns its exit status, negative for a signal."""
-        self._ready_since_s, self._has_stalled = None, False
+        self._ready_since_s = self._stalled_s = None
         ours, theirs = socket.socketpair()  # no path on disk, and passed on to the child alone
         with theirs:
             process = self._process = _start(self._command, theirs.fileno())
@@ -111,7 +114,7 @@ class Supervisor:
             await self.client.connect_socket(ours, self._options)
             if self._stopping.is_set():
                 self.client.disconnect()
-            watchdog = asyncio.create_task(self._watch_progress(process))
+            watchdog = asyncio.create_task(self._watch(process))
             await self.client.wait_disconnected()
         except asyncio.CancelledError:
             process.kill()
@@ -122,15 +125,15 @@ class Supervisor:
             status = await asyncio.shield(asyncio.to_thread(_reap, process))
         return status
 
-    async def _watch_progress(self, process: "subprocess.Popen[bytes]") -> None:
-        """Kill an engine that has work and says nothing. Counts looks, not seconds: our own loop may have been stalled, too."""
-        num_silent, num_frames = 0, -1
-        while num_silent < STALL_TICKS:
-            await asyncio.sleep(self._stall_timeout_s / STALL_TICKS)
-            is_silent = self.client.num_open > 0 and self.client.num_frames == num_frames
-            num_silent = num_silent + 1 if is_silent else 0
-            num_frames = self.client.num_frames
-        self._has_stalled = True
+    async def _watch(self, process: "subprocess.Popen[bytes]") -> None:
+        """Kill an engine that hangs."""
+        look_s = min(self._stall_timeout_s, self._start_timeout_s) / LOOKS_PER_TIMEOUT
+        watchdog = Watchdog(stall_timeout_s=self._stall_timeout_s, start_timeout_s=self._start_timeout_s, look_s=look_s)
+        while self._stalled_s is None:
+            await asyncio.sleep(look_s)
+            client = self.client
+            step_s = client.info.step_s if client.is_ready and client.info is not None else None
+            self._stalled_s = watchdog.look(num_frames=client.num_frames, progress=client.progress, step_s=step_s)
         process.kill()
 
     async def _pause(self, seconds: float) -> None:
@@ -145,8 +148,8 @@ class Supervisor:
         self._watcher.engine_ready(info)
 
     def _describe(self, status: int) -> str:
-        if self._has_stalled:
-            return f"made no progress for {self._stall_timeout_s:g} s and was killed"
+        if self._stalled_s is not None:
+            return f"made no progress for {self._stalled_s:g} s and was killed"
         return f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
 
 

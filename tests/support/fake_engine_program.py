@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from fake_core import FakeCore, options_info
 
-from engine.__main__ import run_engine
+from engine.__main__ import die_with_parent, run_engine
 from engine.config import EngineOptions
 from engine.errors import CheckpointError
 from engine.transport import BlockingChannel
@@ -19,6 +19,7 @@ from engine.types import Progress
 
 
 def main() -> None:
+    die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     parser = argparse.ArgumentParser()
