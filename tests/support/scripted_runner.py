@@ -1,20 +1,29 @@
 """A runner without a model that checks every step as a device would meet it, and chooses tokens by hashing the whole context.
 
-`ScriptedRunner` fulfils `engine.core.Runner`. Its KV cache remembers which token of which request was written to each place, and attention
-reads the context back through the block tables, so a stale, shared or missing block raises here. `expected` computes what a request must
-get from its fields alone: no queue, no cache, no batch.
+`ScriptedRunner` fulfils `engine.core.Runner`. Each place of its KV cache holds the hash of all tokens up to its own and of the cache salt:
+whoever computes the same prefix writes the same, as with real keys and values. Attention reads it back through the block tables, so a
+stale, foreign or missing block raises here. A token id of -1 is the one that the slot's last step chose; only the device knows it then.
+Results are handed over by `collect` alone. `expected` computes what a request must get from its fields: no queue, no cache, no company.
 """
 
+import hashlib
 import math
-from dataclasses import dataclass, replace
+import struct
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.batch import TILE, Batch, StepInput, StepKind, StepLayout, is_plain_greedy
+from engine.batch import PENDING, TILE, Batch, StepInput, StepKind, StepLayout, is_plain_greedy
 from engine.config import CacheConfig, EngineConfig, MeshConfig, ModelConfig, SchedulerConfig
 from engine.core import EngineCore
+from engine.scheduler import ScheduledTokens
+from engine.sequence import Sequence
 from engine.stop import end_token_ids
 from engine.types import EngineInfo, FinishReason, GenerationRequest, SamplingParams, TokenDelta, TokenLogprob
 
@@ -22,25 +31,10 @@ VOCAB_SIZE = 97
 EOS = 2
 POISON = 96  # a context that holds this token gives logits that are not finite
 NUM_TOP = 4
-HASH_PRIME = (1 << 61) - 1
+MAX_IN_FLIGHT = 2  # steps launched and not collected
 
-
-@dataclass(frozen=True, slots=True)
-class CacheEntry:
-    """What stands in one place of the cache."""
-
-    request_id: str
-    position: int
-    token: int
-
-
-@dataclass(slots=True)
-class Slot:
-    """State of one running sequence on the device."""
-
-    sampling: SamplingParams
-    end_ids: tuple[int, ...]
-    outputs: list[int]
+EMPTY = 17  # the hash of no tokens
+KNOBS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
 
 
 class ScriptedLogprobs(NamedTuple):
@@ -60,73 +54,104 @@ class ScriptedOutput(NamedTuple):
     scores: ScriptedLogprobs | None
 
 
-def hash_of(*parts: object) -> int:
-    """The same number for the same parts, in every process."""
-    value = 17
-    for number in _numbers(parts):
-        value = (value * 1_000_003 + number + 1) % HASH_PRIME
-    return value
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """What `launch` returns: the result is not the host's yet."""
+
+    _output: ScriptedOutput
 
 
-def _numbers(part: object) -> list[int]:
-    if isinstance(part, list | tuple):
-        return [number for each in part for number in _numbers(each)]
-    if isinstance(part, float):
-        return [int.from_bytes(np.float32(part).tobytes(), "little")]
-    assert isinstance(part, int)
-    return [part]
+def extend(context: int, token: int) -> int:
+    """The hash of a context and one more token: the same in every process, negative once the context holds `POISON`."""
+    value = abs(hash((context, token)))
+    return -1 - value if context < 0 or token == POISON else value
 
 
-def next_token(context: list[int], *, num_prompt: int, sampling: SamplingParams, choice: int, end_ids: tuple[int, ...]) -> int:
-    """The token after `context`; never `POISON`, and none of `end_ids` before `min_tokens` are out."""
-    knobs: list[object] = [sampling.presence_penalty, sampling.frequency_penalty, sampling.repetition_penalty]
-    knobs += sorted(sampling.logit_bias.items())
-    if sampling.temperature:
-        seed = sampling.seed & ((1 << 64) - 1)
-        top_k = min(sampling.top_k, VOCAB_SIZE)
-        knobs += [sampling.temperature, sampling.top_p, top_k, sampling.min_p, seed, choice, len(context)]
-    token = hash_of(context, knobs) % (VOCAB_SIZE - 1)
-    while len(context) - num_prompt < sampling.min_tokens and token in end_ids:
+def hashes_of(tokens: Iterable[int]) -> list[int]:
+    """The hash of the context up to and with each token."""
+    context, hashes = EMPTY, list[int]()
+    for token in tokens:
+        context = extend(context, token)
+        hashes.append(context)
+    return hashes
+
+
+@lru_cache
+def salt_number(salt: str) -> int:
+    """What a salt adds to every cache entry."""
+    return int.from_bytes(hashlib.sha256(salt.encode()).digest()[:7])
+
+
+def bits_of(value: float) -> int:
+    """The bits of a float32 as the packed step carries them."""
+    return struct.unpack("<i", struct.pack("<f", value))[0]
+
+
+def words_of(seed: int) -> tuple[int, int]:
+    """High and low word of a seed as the packed step carries them."""
+    high, low = struct.unpack("<ii", struct.pack("<q", seed))
+    return low, high
+
+
+def knob_numbers(sampling: SamplingParams) -> tuple[int, ...]:
+    """The fields that travel with every step, as integers: one per name in `KNOBS`, then top_k and the seed."""
+    return (*(bits_of(getattr(sampling, name)) for name in KNOBS), min(sampling.top_k, VOCAB_SIZE), *words_of(sampling.seed))
+
+
+def next_token(
+    context: int, num_tokens: int, *, knobs: tuple[int, ...], bias: tuple[tuple[int, float], ...], choice: int, masked: tuple[int, ...]
+) -> int:
+    """The token after `num_tokens` tokens with the hash `context`; never `POISON` and none of `masked`."""
+    temperature, top_p, min_p, *penalties, top_k, high, low = knobs
+    randomness = (temperature, top_p, min_p, top_k, high, low, choice, num_tokens) if temperature else ()
+    biases = tuple((token, bits_of(value)) for token, value in bias)
+    token = hash((context, *penalties, *biases, *randomness)) % (VOCAB_SIZE - 1)
+    while token in masked:
         token = (token + 1) % (VOCAB_SIZE - 1)
     return token
 
 
-def logprob_of(context: list[int], token: int) -> float:
+def logprob_of(context: int, token: int) -> float:
     """The log-probability of `token` after `context`, in sixteenths so that float32 holds it exactly."""
-    return math.nan if POISON in context else -(hash_of(context, token) % 1000) / 16
+    return math.nan if context < 0 else -(hash((context, token, 0)) % 1000) / 16
 
 
-def top_of(context: list[int]) -> tuple[tuple[int, float], ...]:
+def top_of(context: int) -> list[tuple[int, float]]:
     """The likeliest tokens after `context`."""
-    first = hash_of(context) % VOCAB_SIZE
-    return tuple(((first + place) % VOCAB_SIZE, -place / 4) for place in range(NUM_TOP))
+    return [((context + place) % VOCAB_SIZE, -place / 4) for place in range(NUM_TOP)]
 
 
-def token_logprob(context: list[int], token: int, num_top: int) -> TokenLogprob:
-    return TokenLogprob(token_id=token, logprob=logprob_of(context, token), top=top_of(context)[:num_top])
+def token_logprob(context: int, token: int, num_top: int) -> TokenLogprob:
+    return TokenLogprob(token_id=token, logprob=logprob_of(context, token), top=tuple(top_of(context)[:num_top]))
 
 
 def expected(request: GenerationRequest) -> TokenDelta:
-    """All deltas of a request in one, when nobody aborts it and its time is not up; of one that fails, the reason alone."""
-    if POISON in request.prompt_token_ids:
+    """All deltas of a request in one, when nobody aborts it and its time is not up; of one that fails, the reason alone.
+
+    It fails where a result that somebody asked for is not finite.
+    """
+    prompt, sampling = request.prompt_token_ids, request.sampling
+    if POISON in (prompt if sampling.max_tokens else prompt[:-1] if sampling.prompt_logprobs is not None else ()):
         return TokenDelta(request_id=request.request_id, finish_reason=FinishReason.ERROR)
-    sampling, prompt = request.sampling, list(request.prompt_token_ids)
-    end_ids = end_token_ids(sampling, EOS)
-    context, logprobs = list(prompt), list[TokenLogprob]()
+    end_ids, knobs, bias = end_token_ids(sampling, EOS), knob_numbers(sampling), tuple(sampling.logit_bias.items())
+    hashes = hashes_of(prompt)
+    output, logprobs = list[int](), list[TokenLogprob]()
     reason = FinishReason.LENGTH
-    while len(context) < len(prompt) + sampling.max_tokens:
-        token = next_token(context, num_prompt=len(prompt), sampling=sampling, choice=request.choice, end_ids=end_ids)
+    while len(output) < sampling.max_tokens:
+        masked = end_ids if len(output) < sampling.min_tokens else ()
+        token = next_token(hashes[-1], len(hashes), knobs=knobs, bias=bias, choice=request.choice, masked=masked)
         if sampling.logprobs is not None:
-            logprobs.append(token_logprob(context, token, sampling.logprobs))
-        context.append(token)
+            logprobs.append(token_logprob(hashes[-1], token, sampling.logprobs))
+        output.append(token)
+        hashes.append(extend(hashes[-1], token))
         if token in end_ids:
             reason = FinishReason.STOP
             break
     num_top = sampling.prompt_logprobs
-    scores = () if num_top is None else tuple(token_logprob(prompt[:end], prompt[end], num_top) for end in range(1, len(prompt)))
+    scores = () if num_top is None else tuple(token_logprob(hashes[place - 1], prompt[place], num_top) for place in range(1, len(prompt)))
     return TokenDelta(
         request_id=request.request_id,
-        token_ids=tuple(context[len(prompt) :]),
+        token_ids=tuple(output),
         logprobs=tuple(logprobs),
         prompt_logprobs=scores,
         finish_reason=reason,
@@ -134,8 +159,9 @@ def expected(request: GenerationRequest) -> TokenDelta:
 
 
 def joined(deltas: list[TokenDelta]) -> TokenDelta:
-    """All deltas of one request in one; only the last may end it."""
+    """All deltas of one request in one, without what the prefix cache gave; only the last may end it."""
     assert not any(delta.finish_reason for delta in deltas[:-1])
+    assert len({delta.num_cached_tokens for delta in deltas}) == 1
     return TokenDelta(
         request_id=deltas[0].request_id,
         token_ids=tuple(token for delta in deltas for token in delta.token_ids),
@@ -145,6 +171,27 @@ def joined(deltas: list[TokenDelta]) -> TokenDelta:
     )
 
 
+@dataclass(slots=True)
+class Slot:
+    """State of one running sequence on the device, and what the checks know of the sequence in it."""
+
+    sampling: SamplingParams
+    end_ids: tuple[int, ...]
+    prompt: list[int]  # counted so far, for the penalties
+    outputs: list[int]
+    sequence: Sequence | None = None  # whose first step has come
+    tokens: list[int] = field(default_factory=list[int])  # all that were computed, the device's own included
+    hashes: list[int] = field(default_factory=list[int])  # of the context up to each of them
+    entries: list[int] = field(default_factory=list[int])  # what stands in the cache for each of them
+
+    def learn(self, tokens: Iterable[int], *, salt: int) -> None:
+        for token in tokens:
+            context = extend(self.hashes[-1] if self.hashes else EMPTY, token)
+            self.tokens.append(token)
+            self.hashes.append(context)
+            self.entries.append(context ^ salt)
+
+
 class ScriptedRunner:
     """Checks each step, computes it at launch and hands the result over at collect."""
 
@@ -152,154 +199,226 @@ class ScriptedRunner:
         self.layouts = layouts_of(config)
         self.num_late_compilations = 0
         self.batches: list[Batch] = []
+        self.num_ahead = 0  # steps launched before the one before was collected
         self._block_size = config.cache.block_size
-        self._cache: dict[int, CacheEntry] = {}
+        self._cache: list[list[int | None]] = [[None] * self._block_size for _ in range(config.cache.num_blocks + 1)]
+        self._writers: dict[int, Slot] = {}  # by block: who wrote its first place last
         self._slots: dict[int, Slot] = {}
+        self._last_tokens: dict[int, int] = {}
         self._num_slots = config.scheduler.max_num_seqs
+        self._in_flight: deque[Launched] = deque()
 
-    def reset_slot(self, slot: int, sampling: SamplingParams, end_token_ids: tuple[int, ...]) -> None:
+    def reset_slot(
+        self,
+        slot: int,
+        sampling: SamplingParams,
+        end_token_ids: tuple[int, ...],
+        *,
+        prompt_token_ids: Iterable[int] = (),
+        output_token_ids: Iterable[int] = (),
+    ) -> None:
         assert 0 <= slot < self._num_slots
-        self._slots[slot] = Slot(sampling, end_token_ids, [])
+        self._slots[slot] = Slot(sampling, end_token_ids, list(prompt_token_ids), list(output_token_ids))
 
-    def launch(self, batch: Batch) -> ScriptedOutput:
+    def launch(self, batch: Batch) -> Launched:
         assert batch.packed.dtype == np.int32
         assert batch.packed.shape == (batch.layout.packed_len,)
         assert batch.layout in self.layouts
+        assert len(self._in_flight) < MAX_IN_FLIGHT, "too many steps ahead"
         self.batches.append(batch)
-        step = batch.layout.unpack(batch.packed, lambda bits: bits.view(np.float32))
-        check_rows(step, batch)
-        self._write_cache(step, batch)
-        contexts = self._attend(step, batch)
-        if batch.kind is not StepKind.GREEDY:
-            self._count_outputs(step)
-        return self._choose(step, batch, contexts)
+        step = fields_of(batch.layout, batch.packed.tolist())
+        slots = [self._slot_of(item) for item in batch.items]
+        for item, slot in zip(batch.items, slots, strict=True):
+            self._learn(item, slot)
+        check_step(step, batch)
+        assert max(step.cache_slots[step.counts[0] :], default=0) < self._block_size, "padding is written outside the scratch block"
+        for row, slot in enumerate(slots):
+            self._write(step, batch, row, slot)
+        for row, slot in enumerate(slots):
+            self._read(step, batch, row, slot)
+        launched = Launched(self._choose(step, batch, slots))
+        self.num_ahead += bool(self._in_flight)
+        self._in_flight.append(launched)
+        return launched
 
-    def collect(self, output: ScriptedOutput) -> ScriptedOutput:
-        return output
+    def collect(self, output: Launched) -> ScriptedOutput:
+        assert output is self._in_flight.popleft(), "steps are collected in the order of their launches"
+        return output._output
 
-    def _write_cache(self, step: StepInput, batch: Batch) -> None:
-        num_tokens = int(step.counts[0])
-        places = step.cache_slots[:num_tokens].tolist()
-        assert len(set(places)) == num_tokens, "two tokens of a step share a place"
-        assert (step.cache_slots[num_tokens:] < self._block_size).all(), "padding is written outside the scratch block"
-        for token, place in enumerate(places):
-            position, row = int(step.positions[token]), int(step.token_rows[token])
-            block = int(step.block_tables[row, position // self._block_size])
+    def _slot_of(self, item: ScheduledTokens) -> Slot:
+        """The slot of a row, which belongs to its sequence from the first step after the reset on."""
+        assert item.sequence.slot is not None, "a scheduled sequence has no slot"
+        slot = self._slots[item.sequence.slot]
+        if slot.sequence is None:
+            slot.sequence = item.sequence
+        assert slot.sequence is item.sequence, "a slot was not reset for its new sequence"
+        assert slot.sampling is item.sequence.request.sampling, "a slot was reset for another sequence"
+        return slot
+
+    def _learn(self, item: ScheduledTokens, slot: Slot) -> None:
+        """Bring what the device knows of a row's tokens up to the end of this step."""
+        sequence, known = item.sequence, item.sequence.token_ids
+        end, num_learned = item.start + item.num_tokens, len(slot.tokens)
+        salt = salt_number(sequence.request.cache_salt)
+        assert item.num_tokens > 0, "a row has no tokens"
+        assert slot.tokens == known[:num_learned], "the host entered other tokens than the device chose"
+        slot.learn(known[num_learned:], salt=salt)
+        if end > len(slot.tokens):
+            assert end == len(known) + 1, "more than one token is pending"
+            assert item.num_tokens == 1, "a pending token is computed beside others"
+            assert sequence.slot is not None
+            slot.learn([self._last_tokens[sequence.slot]], salt=salt)
+
+    def _write(self, step: StepInput, batch: Batch, row: int, slot: Slot) -> None:
+        """Enter a row's tokens into the cache."""
+        item, size = batch.items[row], self._block_size
+        table = step.block_tables[row]
+        num_shared = item.sequence.num_shared_tokens
+        assert num_shared % size == 0, "a block is shared in part"
+        first = batch.token_starts[row] - item.start
+        for position in range(item.start, item.start + item.num_tokens):
+            place = step.cache_slots[first + position]
+            if position < num_shared:
+                assert place < size, "a shared block is written"
+                continue
+            index, offset = divmod(position, size)
+            block = table[index]
             assert block > 0, "a token is written to the scratch block"
-            assert place == block * self._block_size + position % self._block_size
-            self._cache[place] = CacheEntry(request_id_of(batch, row), position, int(step.token_ids[token]))
+            assert place == block * size + offset, "a token is written to another place than its block table says"
+            if offset == 0:
+                self._writers[block] = slot
+            assert self._writers.get(block) is slot, "a block is written by two sequences"
+            self._cache[block][offset] = slot.entries[position]
 
-    def _attend(self, step: StepInput, batch: Batch) -> dict[int, list[int]]:
-        """For every token of the step, the tokens that it sees, as they stand in the cache."""
-        contexts: dict[int, list[int]] = {}
-        for tile in range(step.counts[2]):
-            row, start, end = (int(field[tile]) for field in (step.tile_rows, step.tile_starts, step.tile_ends))
-            table = step.block_tables[row].tolist()
-            places = [table[position // self._block_size] * self._block_size + position % self._block_size for position in range(end)]
-            entries = [self._cache.get(place) for place in places]
-            sequence = batch.items[row].sequence
-            assert entries == [CacheEntry(request_id_of(batch, row), p, token) for p, token in enumerate(sequence.token_ids[:end])]
-            first = int(step.positions[start])
-            assert 0 < end - first <= TILE
-            for place, position in enumerate(range(first, end)):
-                token = start + place
-                assert token not in contexts, "a token lies in two tiles"
-                assert step.token_rows[token] == row
-                assert step.positions[token] == position
-                assert step.tile_places[token] == tile * TILE + place
-                contexts[token] = sequence.token_ids[: position + 1]
-        assert sorted(contexts) == list(range(step.counts[0])), "a token lies in no tile"
-        return contexts
+    def _read(self, step: StepInput, batch: Batch, row: int, slot: Slot) -> None:
+        """Attend to all places up to the row's last token: they must hold exactly the row's own context."""
+        item, size = batch.items[row], self._block_size
+        end = item.start + item.num_tokens
+        for block, start in zip(step.block_tables[row], range(0, end, size), strict=False):
+            wanted, found = slot.entries[start : min(start + size, end)], self._cache[block]
+            if found[: len(wanted)] != wanted:
+                raise AssertionError(f"block {block} does not hold tokens {start}... of request {item.sequence.request.request_id}")
 
-    def _count_outputs(self, step: StepInput) -> None:
-        for token in range(step.counts[0]):
-            if step.is_output[token]:
-                self._slots[int(step.slots[step.token_rows[token]])].outputs.append(int(step.token_ids[token]))
-
-    def _choose(self, step: StepInput, batch: Batch, contexts: dict[int, list[int]]) -> ScriptedOutput:
-        num_rows, num_tokens = batch.layout.num_seqs, batch.layout.num_tokens
+    def _choose(self, step: StepInput, batch: Batch, slots: list[Slot]) -> ScriptedOutput:
+        """Count the row's tokens for the penalties, then choose the next ones and score what is asked."""
+        num_rows, is_greedy = batch.layout.num_seqs, batch.kind is StepKind.GREEDY
         token_ids, is_finite = np.zeros(num_rows, np.int32), np.ones(num_rows, bool)
-        logprobs, scores = empty_logprobs(num_rows), empty_logprobs(num_tokens)
-        for row in range(batch.num_sampled):
-            context = contexts[int(step.sample_at[row])]
-            sequence, slot = batch.items[row].sequence, self._slots[int(step.slots[row])]
-            assert context == sequence.token_ids, "a row chooses before all its tokens are computed"
-            assert slot.sampling is sequence.request.sampling, "a slot was not reset for its new sequence"
-            if not is_plain_greedy(sequence):
-                assert batch.kind is not StepKind.GREEDY
-                assert slot.outputs == context[sequence.num_prompt_tokens :], "the device counted other tokens than were generated"
-            token_ids[row] = next_token(
-                context,
-                num_prompt=sequence.num_prompt_tokens,
-                sampling=sampling_of(step, row, slot.sampling),
-                choice=int(step.choices[row]),
-                end_ids=slot.end_ids if step.mask_end[row] else (),
-            )
-            is_finite[row] = POISON not in context
-            write_logprob(logprobs, row, context, int(token_ids[row]))
-        for token, context in contexts.items():
-            write_logprob(scores, token, context, int(step.targets[token]))
-        return ScriptedOutput(
-            token_ids,
-            is_finite,
-            None if batch.kind is StepKind.GREEDY else logprobs,
-            scores if batch.kind is StepKind.SCORE else None,
-        )
+        logprobs = None if is_greedy else empty_logprobs(num_rows)
+        for row, (item, slot) in enumerate(zip(batch.items, slots, strict=True)):
+            end, num_prompt = item.start + item.num_tokens, item.sequence.num_prompt_tokens
+            if not is_greedy:
+                slot.prompt += slot.tokens[item.start : min(end, num_prompt)]
+                slot.outputs += slot.tokens[max(item.start, num_prompt) : end]
+            if row < batch.num_sampled:
+                check_counts(batch, slot, num_prompt=num_prompt, end=end)
+                context, token = slot.hashes[end - 1], chosen_token(step, row, slot, end)
+                token_ids[row], is_finite[row] = token, context >= 0
+                self._last_tokens[step.slots[row]] = token
+                if logprobs is not None and slot.sampling.logprobs is not None:
+                    write_logprob(logprobs, row, context, token)
+        return ScriptedOutput(token_ids, is_finite, logprobs, self._scores(step, batch, slots) if batch.kind is StepKind.SCORE else None)
+
+    def _scores(self, step: StepInput, batch: Batch, slots: list[Slot]) -> ScriptedLogprobs:
+        scores = empty_logprobs(batch.layout.num_tokens)
+        for item, slot, first in zip(batch.items, slots, batch.token_starts, strict=True):
+            if slot.sampling.prompt_logprobs is None:
+                continue
+            prompt = item.sequence.request.prompt_token_ids
+            for token, position in enumerate(range(item.start, min(item.start + item.num_tokens, len(prompt) - 1)), first):
+                assert step.targets[token] == prompt[position + 1], "another token is scored than the next one"
+                write_logprob(scores, token, slot.hashes[position], prompt[position + 1])
+        return scores
 
 
-def check_rows(step: StepInput, batch: Batch) -> None:
-    """Every row's numbers are those of its sequence."""
-    assert step.counts[0] == sum(item.num_tokens for item in batch.items) <= batch.layout.num_tokens
-    assert step.counts[1] == batch.num_sampled <= len(batch.items) <= batch.layout.num_seqs
-    assert step.counts[2] <= batch.layout.num_tiles
-    start = 0
+@lru_cache
+def places_of(layout: StepLayout) -> tuple[tuple[int, int], ...]:
+    """Where each field of `StepInput` begins and ends in the packed array."""
+    ends = list(accumulate(math.prod(shape) for shape in layout.shapes()))
+    return tuple(zip([0, *ends], ends, strict=False))
+
+
+def fields_of(layout: StepLayout, packed: list[int]) -> StepInput:
+    """The packed step as lists, tables row by row; floats stay bits, to be hashed."""
+    step = StepInput(*(packed[start:end] for start, end in places_of(layout)))
+    rows, width = range(layout.num_seqs), layout.blocks_per_seq
+    tables = [step.block_tables[row * width : (row + 1) * width] for row in rows]
+    return step._replace(block_tables=tables, seeds=[step.seeds[2 * row : 2 * row + 2] for row in rows])
+
+
+def check_step(step: StepInput, batch: Batch) -> None:
+    """Every number of the step is that of its sequence."""
+    count = len(batch.items)
+    token_ids, positions, rows, is_output, places = [], [], [], [], []
+    tile_rows, tile_starts, tile_ends, starts, ends = [], [], [], [], []
     for row, item in enumerate(batch.items):
-        sequence, sampling = item.sequence, item.sequence.request.sampling
-        first, last = sequence.num_computed_tokens, sequence.num_computed_tokens + item.num_tokens
-        end = start + item.num_tokens
-        assert batch.token_starts[row] == start
-        assert step.token_rows[start:end].tolist() == [row] * item.num_tokens
-        assert step.token_ids[start:end].tolist() == sequence.token_ids[first:last]
-        assert step.positions[start:end].tolist() == list(range(first, last))
-        assert step.is_output[start:end].tolist() == [position >= sequence.num_prompt_tokens for position in range(first, last)]
-        following = sequence.token_ids[first + 1 : last + 1]
-        assert step.targets[start:end].tolist() == following + [0] * (item.num_tokens - len(following))
-        assert (row < batch.num_sampled) == (last == sequence.num_tokens and sampling.max_tokens > 0)
-        assert step.sample_at[row] == end - 1
-        assert step.slots[row] == sequence.slot
-        assert step.sample_positions[row] == sequence.num_tokens
-        assert bool(step.mask_end[row]) == (sequence.num_output_tokens < sampling.min_tokens)
-        start = end
+        start, end, num_prompt = item.start, item.start + item.num_tokens, item.sequence.num_prompt_tokens
+        first = len(positions)
+        known = item.sequence.token_ids[start:end]
+        token_ids += known + [PENDING] * (item.num_tokens - len(known))
+        positions += range(start, end)
+        rows += [row] * item.num_tokens
+        is_output += [int(position >= num_prompt) for position in range(start, end)]
+        places += range(len(tile_rows) * TILE, len(tile_rows) * TILE + item.num_tokens)
+        tiles = range(start, end, TILE)
+        tile_rows += [row] * len(tiles)
+        tile_starts += [first + tile - start for tile in tiles]
+        tile_ends += [min(tile + TILE, end) for tile in tiles]
+        starts.append(first)
+        ends.append(end)
+        is_known_end = end == len(item.sequence.token_ids) or len(known) < item.num_tokens
+        assert item.chooses_token == (is_known_end and item.sequence.request.sampling.max_tokens > 0)
+        assert (row < batch.num_sampled) == item.chooses_token
+        assert end < item.sequence.max_len or not item.sequence.request.sampling.max_tokens, "a token after the last one is computed"
+    assert step.counts == [len(positions), batch.num_sampled, len(tile_rows)]
+    assert batch.token_starts == tuple(starts)
+    assert len(positions) <= batch.layout.num_tokens
+    assert count <= batch.layout.num_seqs
+    num_tokens, num_tiles = len(positions), len(tile_rows)
+    by_token = (step.token_ids, token_ids), (step.positions, positions), (step.token_rows, rows), (step.is_output, is_output)
+    for field_, wanted in (*by_token, (step.tile_places, places)):
+        assert field_[:num_tokens] == wanted
+    for field_, wanted in ((step.tile_rows, tile_rows), (step.tile_starts, tile_starts), (step.tile_ends, tile_ends)):
+        assert field_[:num_tiles] == wanted
+    slots = [item.sequence.slot for item in batch.items]
+    assert step.slots[:count] == slots
+    assert len(set(slots)) == count, "a slot has two rows"
+    assert step.sample_at[:count] == [first + item.num_tokens - 1 for first, item in zip(starts, batch.items, strict=True)]
+    assert step.sample_positions[:count] == ends
 
 
-def sampling_of(step: StepInput, row: int, slot: SamplingParams) -> SamplingParams:
-    """The parameters of a row as the device reads them: its own fields from the step, the rest from its slot."""
-    high, low = (int(word) & 0xFFFF_FFFF for word in step.seeds[row])
-    return replace(
-        slot,
-        seed=high << 32 | low,
-        top_k=int(step.top_k[row]),
-        temperature=float(step.temperature[row]),
-        top_p=float(step.top_p[row]),
-        min_p=float(step.min_p[row]),
-        presence_penalty=float(step.presence_penalty[row]),
-        frequency_penalty=float(step.frequency_penalty[row]),
-        repetition_penalty=float(step.repetition_penalty[row]),
+def check_counts(batch: Batch, slot: Slot, *, num_prompt: int, end: int) -> None:
+    """What the device counted is what the penalties are about."""
+    if slot.sampling.has_penalties:
+        assert slot.outputs == slot.tokens[num_prompt:end], "the device counted other tokens than were generated"
+        assert slot.prompt == slot.tokens[:num_prompt], "the device counted other tokens than the prompt's"
+    assert batch.kind is not StepKind.GREEDY or is_plain_greedy(slot.sampling), "a step is greedy that should not be"
+
+
+def chosen_token(step: StepInput, row: int, slot: Slot, end: int) -> int:
+    """What the device makes of a row: its own fields come from the step, the rest from its slot."""
+    assert slot.sequence is not None
+    knobs = (*(getattr(step, name)[row] for name in KNOBS), step.top_k[row], *step.seeds[row])
+    is_masked = bool(step.mask_end[row])
+    assert is_masked == (end - slot.sequence.num_prompt_tokens < slot.sampling.min_tokens)
+    return next_token(
+        slot.hashes[end - 1],
+        step.sample_positions[row],
+        knobs=knobs,
+        bias=tuple(slot.sampling.logit_bias.items()),
+        choice=step.choices[row],
+        masked=slot.end_ids if is_masked else (),
     )
-
-
-def request_id_of(batch: Batch, row: int) -> str:
-    return batch.items[row].sequence.request.request_id
 
 
 def empty_logprobs(count: int) -> ScriptedLogprobs:
     return ScriptedLogprobs(np.zeros(count, np.float32), np.zeros((count, NUM_TOP), np.int32), np.zeros((count, NUM_TOP), np.float32))
 
 
-def write_logprob(logprobs: ScriptedLogprobs, row: int, context: list[int], token: int) -> None:
+def write_logprob(logprobs: ScriptedLogprobs, row: int, context: int, token: int) -> None:
     logprobs.chosen[row] = logprob_of(context, token)
-    for place, (top_id, value) in enumerate(top_of(context)):
-        logprobs.top_ids[row, place], logprobs.top[row, place] = top_id, value
+    top = top_of(context)
+    logprobs.top_ids[row] = [top_id for top_id, _ in top]
+    logprobs.top[row] = [value for _, value in top]
 
 
 def layouts_of(config: EngineConfig) -> tuple[StepLayout, ...]:
@@ -353,10 +472,9 @@ class Clock:
         return self.now_s
 
 
-def scripted_core(config: EngineConfig, *, clock: Clock | None = None) -> tuple[EngineCore, ScriptedRunner]:
-    """A core on a scripted runner; its clock stands still unless one is given."""
-    runner = ScriptedRunner(config)
-    info = EngineInfo(
+def info_of(config: EngineConfig) -> EngineInfo:
+    """What an engine with this configuration tells about itself."""
+    return EngineInfo(
         vocab_size=config.model.vocab_size,
         max_model_len=config.scheduler.max_model_len,
         max_num_seqs=config.scheduler.max_num_seqs,
@@ -373,26 +491,43 @@ def scripted_core(config: EngineConfig, *, clock: Clock | None = None) -> tuple[
         load_s=0.0,
         compile_s=0.0,
     )
-    return EngineCore(config, runner, info, clock=clock or Clock()), runner
+
+
+def scripted_core(config: EngineConfig, *, clock: Clock | None = None) -> tuple[EngineCore, ScriptedRunner]:
+    """A core on a scripted runner; its clock stands still unless one is given."""
+    runner = ScriptedRunner(config)
+    return EngineCore(config, runner, info_of(config), clock=clock or Clock()), runner
 
 
 def check_conservation(core: EngineCore) -> None:
     """What must hold between any two steps, whatever happened."""
-    scheduler, pool = core.scheduler, core.pool
+    scheduler, pool, block_size = core.scheduler, core.pool, core.config.cache.block_size
     running, waiting = scheduler.running, scheduler.waiting
-    held = [block for sequence in running for block in sequence.block_ids]
+    held: list[int] = []
+    written: list[int] = []
+    for sequence in running:
+        blocks, num_shared = sequence.block_ids.tolist(), sequence.num_shared_tokens
+        held += blocks
+        written += blocks[num_shared // block_size :]
+        assert len(set(blocks)) == len(blocks), "a sequence holds a block twice"
+        assert num_shared % block_size == 0, "a block is shared in part"
+        assert num_shared <= len(blocks) * block_size, "more is shared than held"
+        assert sequence.num_computed_tokens <= len(blocks) * block_size, "more is computed than held"
+        assert sequence.num_pending_tokens in (0, 1)
+    for sequence in waiting:
+        assert (len(sequence.block_ids), sequence.num_computed_tokens, sequence.slot) == (0, 0, None), "a waiting sequence holds something"
     assert pool.num_free + pool.num_held == pool.num_blocks
-    assert len(held) == pool.num_held, "held blocks are not those of the running sequences"
-    assert len(set(held)) == len(held), "a block has two owners"
-    assert all(1 <= block <= pool.num_blocks for block in held)
-    assert not any(sequence.block_ids or sequence.num_computed_tokens or sequence.slot is not None for sequence in waiting)
+    assert 0 <= pool.num_cached <= pool.num_free
+    assert len(set(held)) == pool.num_held, "held blocks are not those of the running sequences"
+    assert len(set(written)) == len(written), "two sequences write one block"
+    assert not held or 1 <= min(held) <= max(held) <= pool.num_blocks
     slots = [sequence.slot for sequence in running]
     assert None not in slots
     assert len(set(slots)) == len(slots) <= core.config.scheduler.max_num_seqs
-    arrivals = [sequence.arrival for sequence in (*running, *waiting)]
-    assert arrivals == sorted(set(arrivals)), "someone overtook, or stands in two queues"
-    block_size = core.config.cache.block_size
-    assert all(len(sequence.block_ids) * block_size >= sequence.num_computed_tokens for sequence in running)
+    ranks = [sequence.rank for sequence in running]
+    assert ranks == sorted(ranks), "the running ones are not in the order of their age"
+    arrivals = {sequence.arrival for sequence in running}.union(sequence.arrival for sequence in waiting)
+    assert len(arrivals) == len(running) + len(waiting), "a sequence stands in two queues"
 
 
 def run_until_idle(core: EngineCore, *, max_steps: int = 10_000) -> dict[str, list[TokenDelta]]:
