@@ -1,7 +1,7 @@
 """`python -m engine --fd N` is the engine process; `server/supervisor.py` starts it with one end of a socket pair as descriptor N.
 
 Two threads. The reader turns frames into messages; the end of the connection, at any time, ends the process at once, so that no engine
-outlives its server, not even one that is loading or compiling; a stopped one, which sees nothing, is the kernel's to kill (`die_with_parent`).
+outlives its server, not even one that is loading or compiling; a stopped one, which sees nothing, is the kernel's (`die_with_parent`).
 The main thread builds the engine and then runs the loop: take what arrived, step, send the news. jax is imported only when the options are
 here and the reader is watching.
 

@@ -5,7 +5,8 @@ connection. A death is answered with a new process, at once the first time and a
 the generations that ran in the dead one is the client's business. A process that its `Watchdog` finds hanging is killed, which makes a hang
 one more death. An engine that says why it cannot start (`Failed`) is not tried again.
 
-Runs on the server's event loop in its main thread, with whose end the kernel kills the engine; knows neither HTTP nor the terminal. What happens is told to a `Watcher`.
+Runs on the server's event loop in its main thread, with whose end the kernel kills the engine; knows neither HTTP nor the terminal. What
+happens is told to a `Watcher`.
 """
 
 import asyncio

@@ -14,7 +14,7 @@ START_SILENCE_S = 120.0
 
 
 class Watchdog:
-    """Watches one engine process. Counts looks, not seconds: whoever looks may have been held up, too, and the engine is heard late then."""
+    """Watches one engine process. Counts looks, not seconds: whoever looks may have been held up, and the engine is heard late then."""
 
     def __init__(self, *, stall_timeout_s: float, start_timeout_s: float, look_s: float) -> None:
         self._stall_timeout_s = stall_timeout_s
