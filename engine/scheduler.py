@@ -215,7 +215,7 @@ class Scheduler:
         self._preempted.append(sequence)
 
     def _release(self, sequence: Sequence) -> None:
-        """Take back slot and blocks, keeping for the cache what is full."""
+        """Take back slot and blocks, keeping for the cache what is full. `cached_scores` stay: a launched step may still ask for them."""
         self._register_last_block(sequence)
         self.pool.give_back(sequence.block_ids)
         del sequence.block_ids[:]
@@ -224,7 +224,6 @@ class Scheduler:
         sequence.slot = None
         sequence.num_computed_tokens = 0
         sequence.num_shared_tokens = 0
-        sequence.cached_scores = ()
 
     def _register_last_block(self, sequence: Sequence) -> None:
         """All blocks before that of the newest computed token are registered already."""
