@@ -3,20 +3,27 @@
 The server's process holds one `RemoteEngineClient` for its whole life; `server/supervisor.py` connects it to one engine process after the
 other. `generate` sends the request when it is first awaited and yields what the engine's steps add, up to and including the delta with a
 finish reason. Closing the generator before that, by `aclose` or by cancelling the task that awaits it, aborts the generation, and the
-engine frees its blocks within one step. When the process dies, every open generator raises `EngineDiedError`.
+engine frees its blocks within one step.
+
+The death of an engine process is a pause: `engine/journal.py` keeps what every open generation needs to go on, and the next process is
+given all of it as soon as it is ready. Deadlines that pass meanwhile are kept here, by one timer.
 
 One callback decodes a frame, that is all deltas of a step, and wakes the generators concerned; there is no task per request in between.
 What a slow reader leaves behind in its mailbox is bounded by the length of its own generation.
 """
 
 import asyncio
+import math
 import socket
+import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterable
+from dataclasses import replace
 from typing import Protocol
 
 from engine.config import EngineOptions
-from engine.errors import EngineDiedError, RequestError
+from engine.errors import EngineDiedError
+from engine.journal import Entry, Journal
 from engine.messages import (
     Abort,
     Configure,
@@ -25,7 +32,6 @@ from engine.messages import (
     Ready,
     Refused,
     Report,
-    Submit,
     decode_from_engine,
     encode,
 )
@@ -48,18 +54,29 @@ class EngineClient(Protocol):
 
     @property
     def stats(self) -> EngineStats:
-        """After the last step that had news; zeros while no engine is ready."""
+        """Gauges of the engine as of its last news, zeros while none is ready; totals over all engine processes so far."""
         ...
 
     @property
     def is_ready(self) -> bool:
-        """Requests are taken now."""
+        """An engine runs. Without one, requests wait, once the first has been ready."""
+        ...
+
+    @property
+    def num_held(self) -> int:
+        """Open generations that no engine has now: they wait for the next one, or while others are tried."""
+        ...
+
+    @property
+    def num_restarts(self) -> int:
+        """Engine processes that became ready after the first one."""
         ...
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenDelta, None]:
         """Yield the deltas of one generation; the last one, and only that, has a finish reason.
 
-        Raises `RequestError` when the engine refuses the request, `EngineDiedError` when no engine is ready or its process ends meanwhile.
+        Raises `RequestError` when an engine refuses the request; `EngineDiedError` when the engine process ends wherever this request runs,
+        before the first engine is ready, and at the end of the server.
         """
         ...
 
@@ -68,19 +85,28 @@ class RemoteEngineClient:
     """An `EngineClient` over a channel to another process. Lives on one event loop and is called only there."""
 
     def __init__(
-        self, *, on_progress: Callable[[Progress], None] | None = None, on_ready: Callable[[EngineInfo], None] | None = None
+        self,
+        *,
+        on_progress: Callable[[Progress], None] | None = None,
+        on_ready: Callable[[EngineInfo], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.info: EngineInfo | None = None
         self.progress: Progress | None = None
-        self.stats = EngineStats()
         self.failure: str | None = None  # why the connected engine cannot start
         self.num_frames = 0  # received so far: a sign of life for whoever watches
+        self.num_restarts = 0
         self._on_progress = on_progress
         self._on_ready = on_ready
+        self._clock = clock
         self._channel: Channel | None = None
         self._is_ready = False
         self._disconnected = asyncio.Event()
-        self._mailboxes: dict[str, _Mailbox] = {}
+        self._journal = Journal()
+        self._deadline_timer: asyncio.TimerHandle | None = None
+        self._stats = EngineStats()  # of the connected engine
+        self._past_stats = EngineStats()  # totals of the engines before
+        self._end: str | None = None  # why no generation can begin any more
 
     @property
     def is_ready(self) -> bool:
@@ -89,7 +115,20 @@ class RemoteEngineClient:
     @property
     def num_open(self) -> int:
         """Generations that have begun and not ended."""
-        return len(self._mailboxes)
+        return len(self._journal)
+
+    @property
+    def num_held(self) -> int:
+        return self._journal.num_held
+
+    @property
+    def is_searching(self) -> bool:
+        """Requests are being tried for ending the engine: deaths are to be expected, a bounded number of them."""
+        return self._journal.is_searching
+
+    @property
+    def stats(self) -> EngineStats:
+        return _with_totals(self._stats, self._past_stats)
 
     async def connect_socket(self, sock: socket.socket, options: EngineOptions) -> None:
         """Own a socket whose other end a new engine process holds, and tell that what to build."""
@@ -114,7 +153,12 @@ class RemoteEngineClient:
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenDelta, None]:
         """See `EngineClient.generate`."""
-        mailbox = self._open(request)
+        if self.info is None or self._end is not None:
+            raise EngineDiedError(self._end or "no engine has been ready yet; the first one is still starting")
+        mailbox = _Mailbox()
+        entry = self._journal.open(request, mailbox)
+        self._submit_due()
+        self._watch_deadlines()
         try:
             while True:
                 delta = await mailbox.take()
@@ -122,68 +166,96 @@ class RemoteEngineClient:
                 if delta.finish_reason is not None:
                     return
         finally:
-            self._abandon(request.request_id, mailbox)
+            self._abandon(entry)
 
     def fail_open(self, reason: str) -> None:
-        """Abort every open generation; its generator raises `EngineDiedError` with `reason`."""
-        for request_id, mailbox in list(self._mailboxes.items()):
-            mailbox.fail(EngineDiedError(reason))
-            self._abandon(request_id, mailbox)
+        """End every open generation, and every one that begins later: its generator raises `EngineDiedError` with `reason`."""
+        self._end = reason
+        self._abort(self._journal.fail_all(reason))
 
     def frame_received(self, payload: bytes) -> None:
         """Called by the channel. Raises `TransportError` for an unreadable message, upon which the channel closes."""
         self.num_frames += 1
         match decode_from_engine(payload):
             case Deltas(deltas=deltas, stats=stats):
-                self.stats = stats
-                self._deliver(deltas)
+                self._stats = stats
+                self._journal.record(deltas)
             case Refused(request_id=request_id, message=message):
-                if mailbox := self._mailboxes.pop(request_id, None):
-                    mailbox.fail(RequestError(message))
+                self._journal.refuse(request_id, message)
             case Report(progress=progress):
                 self.progress = progress
                 if self._on_progress is not None:
                     self._on_progress(progress)
             case Ready(info=info):
-                self.info = info
-                self.progress = None
-                self.stats = EngineStats(num_blocks=info.num_blocks)
-                self._is_ready = True
-                if self._on_ready is not None:
-                    self._on_ready(info)
+                self._become_ready(info)
             case Failed(message=message):
                 self.failure = message
+        self._submit_due()
 
     def channel_closed(self) -> None:
-        """Called by the channel when the engine process is gone."""
+        """Called by the channel when the engine process is gone. What it ran waits for the next one."""
         self._channel = None
         self._is_ready = False
         self.progress = None
-        self.stats = EngineStats()
-        self.fail_open("the engine process ended")
+        self._past_stats, self._stats = _with_totals(EngineStats(), self.stats), EngineStats()
+        self._journal.engine_died()
+        self._watch_deadlines()
         self._disconnected.set()
 
-    def _open(self, request: GenerationRequest) -> "_Mailbox":
-        if self._channel is None or not self._is_ready:
-            raise EngineDiedError("no engine is ready; it is starting or restarting")
-        assert request.request_id not in self._mailboxes, f"request id {request.request_id} is in use"
-        mailbox = self._mailboxes[request.request_id] = _Mailbox()
-        self._channel.send(encode(Submit(request)))
-        return mailbox
+    def _become_ready(self, info: EngineInfo) -> None:
+        self.num_restarts += self.info is not None
+        self.info = info
+        self.progress = None
+        self._stats = EngineStats(num_blocks=info.num_blocks)
+        self._is_ready = True
+        if self._on_ready is not None:
+            self._on_ready(info)
 
-    def _deliver(self, deltas: list[TokenDelta]) -> None:
-        for delta in deltas:
-            mailbox = self._mailboxes.get(delta.request_id)
-            if delta.finish_reason is not None:
-                self._mailboxes.pop(delta.request_id, None)
-            if mailbox is not None:  # else it was aborted while the delta was on its way
-                mailbox.put(delta)
+    def _submit_due(self) -> None:
+        if self._is_ready and self._channel is not None and self._journal.num_held:
+            for submit in self._journal.due():
+                self._channel.send(encode(submit))
 
-    def _abandon(self, request_id: str, mailbox: "_Mailbox") -> None:
-        if self._mailboxes.get(request_id) is mailbox:
-            del self._mailboxes[request_id]
-            if self._channel is not None:
+    def _abandon(self, entry: Entry) -> None:
+        if self._journal.close(entry):
+            self._abort([entry.request.request_id])
+        self._submit_due()
+
+    def _abort(self, request_ids: Iterable[str]) -> None:
+        if self._channel is not None:
+            for request_id in request_ids:
                 self._channel.send(encode(Abort(request_id)))
+
+    def _watch_deadlines(self) -> None:
+        """Be called at the next one that is to be kept here; once too often does no harm."""
+        timer, expiry_s = self._deadline_timer, self._journal.next_expiry_s
+        if expiry_s == math.inf:
+            return
+        loop = asyncio.get_running_loop()
+        wait_s = max(0.0, expiry_s - self._clock())
+        if timer is not None:
+            if timer.when() <= loop.time() + wait_s:
+                return
+            timer.cancel()
+        self._deadline_timer = loop.call_later(wait_s, self._expire)
+
+    def _expire(self) -> None:
+        self._deadline_timer = None
+        self._abort(self._journal.expire(self._clock()))
+        self._submit_due()
+        self._watch_deadlines()
+
+
+def _with_totals(stats: EngineStats, past: EngineStats) -> EngineStats:
+    """The gauges of `stats`, and the running totals of both."""
+    return replace(
+        stats,
+        num_steps=past.num_steps + stats.num_steps,
+        num_preemptions=past.num_preemptions + stats.num_preemptions,
+        num_lookup_tokens=past.num_lookup_tokens + stats.num_lookup_tokens,
+        num_hit_tokens=past.num_hit_tokens + stats.num_hit_tokens,
+        num_late_compilations=past.num_late_compilations + stats.num_late_compilations,
+    )
 
 
 class _Mailbox:

@@ -20,9 +20,11 @@ class Configure(msgspec.Struct, frozen=True, array_like=True, tag="configure"):
 
 
 class Submit(msgspec.Struct, frozen=True, array_like=True, tag="submit"):
-    """Server to engine: generate this."""
+    """Server to engine: generate this. A generation that ran in an engine that died goes on behind what it has given already."""
 
     request: GenerationRequest
+    output_token_ids: tuple[int, ...] = ()
+    num_scored_tokens: int = 0  # prompt log-probabilities already received
 
 
 class Abort(msgspec.Struct, frozen=True, array_like=True, tag="abort"):

@@ -2,6 +2,10 @@
 
 The unit is the sequence: a request for 4 prompts with 8 choices each counts 32. As many are let in as the engine runs at once, plus a
 bounded queue. A permit is a context manager: leaving it, by whatever door, gives its sequences back.
+
+While an engine is replaced, requests are let in as ever, and wait in the engine client's journal: what that can hold is bounded here.
+Readiness is another question than being open: it fails during a restart, and first of all at the end, so that load balancers look
+elsewhere before anybody is refused.
 """
 
 from collections.abc import Generator
@@ -14,28 +18,38 @@ from server.limits import Limits
 
 
 class Admission:
-    """Owns the count of open sequences and the decision to drain. Lives on the event loop; not for threads."""
+    """Owns the count of open sequences and the two steps to the end. Lives on the event loop; not for threads."""
 
     def __init__(self, client: EngineClient, *, limits: Limits) -> None:
         self._client = client
         self._limits = limits
         self.num_open = 0
+        self.is_retiring = False
         self.is_draining = False
 
+    def retire(self) -> None:
+        """Not ready from now on, for good; requests are still taken."""
+        self.is_retiring = True
+
     def drain(self) -> None:
-        """Take nothing new from now on; what is open runs to its end. `/readyz` fails from here on."""
-        self.is_draining = True
+        """Take nothing new from now on; what is open runs to its end."""
+        self.is_retiring = self.is_draining = True
 
     def check_open(self) -> EngineInfo:
-        """What the ready engine told about itself. Raises `Unavailable` where no request at all can be taken now."""
+        """What the newest engine told about itself. Raises `Unavailable` where no request at all can be taken now."""
         if self.is_draining:
             raise self._not_now("the server is shutting down", "shutting_down")
-        info = self._client.info
-        if self._client.is_ready and info is not None:
-            return info
-        if info is None:
+        if self._client.info is None:
             raise self._not_now("the model is still loading; /readyz shows how far it is", "model_loading")
-        raise self._not_now("the engine is being restarted", "engine_restarting")
+        return self._client.info
+
+    def check_ready(self) -> None:
+        """Raises `Unavailable` where new requests had better go to another server, though they may still be taken here."""
+        if self.is_retiring:
+            raise self._not_now("the server is shutting down", "shutting_down")
+        self.check_open()
+        if not self._client.is_ready:
+            raise self._not_now("the engine is being restarted", "engine_restarting")
 
     @contextmanager
     def permit(self, num_sequences: int) -> Generator[None, None, None]:
@@ -49,12 +63,18 @@ class Admission:
                 f"the request asks for {num_sequences:,} sequences, this server holds {capacity:,}; send fewer prompts or choices"
             )
         if self.num_open + num_sequences > capacity:
-            raise self._not_now(f"the server is full: {self.num_open:,} of {capacity:,} sequences are open", "server_overloaded")
+            raise self._full(f"{self.num_open:,} of {capacity:,} sequences are open")
         self.num_open += num_sequences
         try:
             yield
         finally:
             self.num_open -= num_sequences
+
+    def _full(self, what: str) -> Unavailable:
+        """The queue's bound is reached; `what` says which, with its numbers."""
+        if self._client.is_ready:
+            return self._not_now(f"the server is full: {what}", "server_overloaded")
+        return self._not_now(f"the engine is being restarted and nothing more can wait for it: {what}", "engine_restarting")
 
     def _not_now(self, message: str, code: str) -> Unavailable:
         return Unavailable(message, code=code, retry_after_s=self._limits.retry_after_s)

@@ -1,16 +1,20 @@
 """A core without a model for tests of processes and messages: every generation repeats its prompt, a token per step.
 
-Some prompts misbehave: `REFUSED`, `CRASHING` and `HANGING` as first token do what they say.
+A token depends on its position alone, so a generation that is submitted with what it has given already goes on exactly. Prompts are scored
+`SCORES_PER_STEP` positions a step, where that is asked for. Some prompts misbehave: `REFUSED`, `CRASHING` and `HANGING` as first token do
+what they say, and `CRASHING_LATER` crashes at every step from its 20th token on.
 """
 
 import time
-from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from engine.config import EngineOptions, ModelConfig, SchedulerConfig
 from engine.errors import RequestError
 from engine.types import EngineInfo, EngineStats, FinishReason, GenerationRequest, SamplingParams, TokenDelta, TokenLogprob
 
-REFUSED, CRASHING, HANGING = 501, 502, 503
+REFUSED, CRASHING, HANGING, CRASHING_LATER = 501, 502, 503, 504
+SCORES_PER_STEP = 3
 
 TINY_MODEL = ModelConfig(
     vocab_size=512,
@@ -63,6 +67,15 @@ def request(request_id: str, *prompt: int, max_tokens: int = 4) -> GenerationReq
     )
 
 
+@dataclass(slots=True)
+class Generation:
+    """How far a request has come."""
+
+    request: GenerationRequest
+    num_output_tokens: int
+    num_scored_tokens: int
+
+
 class FakeCore:
     """Fulfils `engine.__main__.Core`. `step_s` is how long a step takes."""
 
@@ -70,18 +83,20 @@ class FakeCore:
         self.info = info
         self.num_steps = 0
         self._step_s = step_s
-        self._running: dict[str, tuple[GenerationRequest, deque[int]]] = {}
+        self._running: dict[str, Generation] = {}
 
     @property
     def has_work(self) -> bool:
         return bool(self._running)
 
-    def submit(self, request: GenerationRequest) -> None:
-        first = request.prompt_token_ids[0]
-        if first == REFUSED:
+    def submit(self, request: GenerationRequest, *, output_token_ids: Sequence[int] = (), num_scored_tokens: int = 0) -> None:
+        prompt = request.prompt_token_ids
+        if prompt[0] == REFUSED:
             raise RequestError("this prompt is refused")
-        prompt, count = request.prompt_token_ids, request.sampling.max_tokens
-        self._running[request.request_id] = (request, deque(prompt[at % len(prompt)] for at in range(count)))
+        expected = [prompt[at % len(prompt)] for at in range(len(output_token_ids))]
+        if list(output_token_ids) != expected:
+            raise RuntimeError(f"{request.request_id} goes on after {output_token_ids}, which it cannot have given")
+        self._running[request.request_id] = Generation(request, len(output_token_ids), num_scored_tokens)
 
     def abort(self, request_id: str) -> None:
         self._running.pop(request_id, None)
@@ -89,19 +104,34 @@ class FakeCore:
     def step(self) -> list[TokenDelta]:
         self.num_steps += 1
         time.sleep(self._step_s)
-        deltas: list[TokenDelta] = []
-        for request_id, (submitted, tokens) in list(self._running.items()):
-            if submitted.prompt_token_ids[0] == CRASHING:
-                raise RuntimeError("this prompt crashes the engine")
-            if submitted.prompt_token_ids[0] == HANGING:
-                time.sleep(3600)
-            token = tokens.popleft()
-            finish = None if tokens else FinishReason.LENGTH
-            if not tokens:
-                del self._running[request_id]
-            logprobs = () if submitted.sampling.logprobs is None else (TokenLogprob(token_id=token, logprob=-0.5),)
-            deltas.append(TokenDelta(request_id=request_id, token_ids=(token,), logprobs=logprobs, finish_reason=finish))
+        deltas = [self._advance(generation) for generation in self._running.values()]
+        for delta in deltas:
+            if delta.finish_reason is not None:
+                del self._running[delta.request_id]
         return deltas
 
     def stats(self) -> EngineStats:
         return EngineStats(num_running=len(self._running), num_blocks_used=len(self._running), num_blocks=64, num_steps=self.num_steps)
+
+    def _advance(self, generation: Generation) -> TokenDelta:
+        """The next scores of the prompt while there are some, then the next token."""
+        request, prompt = generation.request, generation.request.prompt_token_ids
+        if prompt[0] == CRASHING or (prompt[0] == CRASHING_LATER and generation.num_output_tokens >= 20):
+            raise RuntimeError("this prompt crashes the engine")
+        if prompt[0] == HANGING:
+            time.sleep(3600)
+        first, num_scores = generation.num_scored_tokens, 0 if request.sampling.prompt_logprobs is None else len(prompt) - 1
+        if first < num_scores:
+            generation.num_scored_tokens = min(first + SCORES_PER_STEP, num_scores)
+            scores = tuple(TokenLogprob(token_id=token, logprob=-0.25) for token in prompt[1:][first : generation.num_scored_tokens])
+            return TokenDelta(request_id=request.request_id, prompt_logprobs=scores)
+        if request.sampling.max_tokens == 0:
+            return TokenDelta(request_id=request.request_id, finish_reason=FinishReason.LENGTH)
+        token = prompt[generation.num_output_tokens % len(prompt)]
+        generation.num_output_tokens += 1
+        return TokenDelta(
+            request_id=request.request_id,
+            token_ids=(token,),
+            logprobs=() if request.sampling.logprobs is None else (TokenLogprob(token_id=token, logprob=-0.5),),
+            finish_reason=FinishReason.LENGTH if generation.num_output_tokens >= request.sampling.max_tokens else None,
+        )

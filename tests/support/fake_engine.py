@@ -6,9 +6,11 @@ request with as many tokens as it asks for, whose ids depend only on prompt, see
 """
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from engine.config import ModelConfig
 from engine.errors import EngineDiedError, RequestError
@@ -113,8 +115,9 @@ def tokens_script(*tokens: int, finish: FinishReason = FinishReason.STOP, pause_
 class FakeEngineClient:
     """Follows `script` for every request; `pause_s` passes before each delta.
 
-    `refusal` makes the engine refuse every request with that message. `die()` ends it: open generations raise `EngineDiedError`, and it is
-    neither alive nor ready until `revive()`. Both may be called from any thread.
+    `refusal` makes the engine refuse every request with that message. `die()` ends it: open generations pause, new ones wait, and all go on
+    with their scripts at `revive()`; deadlines pass meanwhile. `give_up()` ends open generations with `EngineDiedError`, and every later
+    one. All may be called from any thread.
     """
 
     script: ScriptFor = counting_script
@@ -123,15 +126,19 @@ class FakeEngineClient:
     progress: Progress | None = None
     refusal: str | None = None
     is_ready: bool = True
-    is_alive: bool = True
+    num_held: int = 0
+    num_restarts: int = 0
+    base_stats: EngineStats = field(default_factory=lambda: EngineStats(num_blocks=1024))
     submitted: list[GenerationRequest] = field(default_factory=list)
     finished: list[str] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
-    _open: dict[str, tuple[asyncio.AbstractEventLoop, asyncio.Event]] = field(default_factory=dict)
+    _open: dict[str, "_Wakeup"] = field(default_factory=dict)
+    _is_over: bool = False
 
     @property
     def stats(self) -> EngineStats:
-        return EngineStats(num_running=len(self._open), num_blocks_used=len(self._open), num_blocks=1024)
+        """`base_stats` with the open generations as running."""
+        return replace(self.base_stats, num_running=len(self._open), num_blocks_used=len(self._open))
 
     @property
     def num_open(self) -> int:
@@ -140,32 +147,34 @@ class FakeEngineClient:
 
     def die(self) -> None:
         """End the engine process, as a crash would."""
-        self.is_alive = self.is_ready = False
-        for loop, died in self._open.values():
-            loop.call_soon_threadsafe(died.set)
+        self.is_ready = False
 
     def revive(self) -> None:
-        """Be ready again, with nothing left of what ran before."""
-        self.is_alive = self.is_ready = True
+        """Be ready again, with all that was open."""
+        self.is_ready = True
+        self.num_restarts += 1
+        self._wake_all()
+
+    def give_up(self) -> None:
+        """Never be ready again."""
+        self.is_ready = False
+        self._is_over = True
+        self._wake_all()
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenDelta, None]:
         """Submit at the first step of the iteration; leaving before the last delta is an abort."""
         self.submitted.append(request)
-        if not self.is_alive:
-            raise EngineDiedError("the engine process ended")
+        if self._is_over or self.info is None:
+            raise EngineDiedError("there is no engine")
         if self.refusal is not None:
             raise RequestError(self.refusal)
-        died = asyncio.Event()
-        self._open[request.request_id] = asyncio.get_running_loop(), died
+        wakeup = self._open[request.request_id] = _Wakeup(asyncio.get_running_loop(), asyncio.Event())
         try:
             for step in self.script(request):
                 if isinstance(step, Exception):
                     raise step
-                if isinstance(step, TokenDelta):
-                    is_late = await self._pause(self.pause_s, request=request, died=died)
-                else:
-                    is_late = await self._pause(step, request=request, died=died)
-                if is_late:
+                pause_s = self.pause_s if isinstance(step, TokenDelta) else step
+                if await self._pause(pause_s, request=request, wakeup=wakeup):
                     step = TokenDelta(request_id=request.request_id, finish_reason=FinishReason.DEADLINE)
                 if not isinstance(step, TokenDelta):
                     continue
@@ -177,22 +186,35 @@ class FakeEngineClient:
         finally:
             self._end(request.request_id, self.aborted)
 
-    async def _pause(self, seconds: float, *, request: GenerationRequest, died: asyncio.Event) -> bool:
-        """Wait; True when the request's deadline came first. Raises `EngineDiedError` when the engine did."""
-        left = HANG if request.deadline_s is None else max(0.0, request.deadline_s - time.monotonic())
-        wait_s = min(seconds, left)
-        if wait_s == 0:
-            await asyncio.sleep(0)
-        else:
-            try:
-                async with asyncio.timeout(None if wait_s == HANG else wait_s):
-                    await died.wait()
-            except TimeoutError:
-                pass
-        if died.is_set():
-            raise EngineDiedError("the engine process ended")
-        return left <= seconds and left != HANG
+    async def _pause(self, seconds: float, *, request: GenerationRequest, wakeup: "_Wakeup") -> bool:
+        """Wait, and on for as long as no engine is ready; True when the request's deadline came first."""
+        until_s = time.monotonic() + seconds
+        deadline_s = HANG if request.deadline_s is None else request.deadline_s
+        await asyncio.sleep(0)
+        while not self._is_over:
+            now_s = time.monotonic()
+            if now_s >= deadline_s:
+                return True
+            if self.is_ready and now_s >= until_s:
+                return False
+            next_s = min(until_s if self.is_ready else HANG, deadline_s)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(None if next_s == HANG else next_s - now_s):
+                    await wakeup.event.wait()
+            wakeup.event.clear()
+        raise EngineDiedError("there is no engine any more")
+
+    def _wake_all(self) -> None:
+        for wakeup in list(self._open.values()):
+            wakeup.loop.call_soon_threadsafe(wakeup.event.set)
 
     def _end(self, request_id: str, where: list[str]) -> None:
         if self._open.pop(request_id, None) is not None:
             where.append(request_id)
+
+
+class _Wakeup(NamedTuple):
+    """How to reach a generation that waits, from any thread."""
+
+    loop: asyncio.AbstractEventLoop
+    event: asyncio.Event
