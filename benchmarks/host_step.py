@@ -20,7 +20,7 @@ from engine.config import CacheConfig, EngineConfig, MeshConfig, ModelConfig, Sc
 from engine.core import EngineCore
 from engine.types import EngineInfo, GenerationRequest, SamplingParams
 
-NUM_SEQS = (1, 8, 64, 256)
+NUM_SEQS = (1, 32, 256)
 NUM_STEPS = 200
 NUM_TOP = 20
 STEP_TOKENS = 4096
@@ -53,7 +53,7 @@ class NullRunner:
         logprobs = NullLogprobs(np.zeros(rows, np.float32), np.zeros((rows, NUM_TOP), np.int32), np.zeros((rows, NUM_TOP), np.float32))
         self._output = NullOutput(np.full(rows, 7, np.int32), np.ones(rows, bool), logprobs)
 
-    def reset_slot(self, slot: int, sampling: SamplingParams, end_token_ids: tuple[int, ...]) -> None:
+    def reset_slot(self, slot: int, sampling: SamplingParams, end_token_ids: tuple[int, ...], **tokens: object) -> None:
         """Nothing is kept per slot."""
 
     def launch(self, batch: Batch) -> NullOutput:  # noqa: ARG002

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import jax
@@ -70,10 +71,9 @@ def main() -> None:
     rates = {name: [row[name] for row in rounds] for name in measures}
     show(rates, ratios)
     RESULTS.parent.mkdir(exist_ok=True)
-    machine = {"cpu": cpu_name(), "cores": os.cpu_count(), "python": platform.python_version(), "jax": jax.__version__}
     setting = {"model": arguments.model.name, "tokens": arguments.tokens, "rounds": arguments.rounds, "real_time_class": is_real_time}
     figures = {name: summary(values) for name, values in {**rates, **ratios}.items()}
-    RESULTS.write_text(json.dumps({"machine": machine, "setting": setting, "tokens_per_s_and_ratios": figures}, indent=1) + "\n")
+    RESULTS.write_text(json.dumps({"machine": machine(), "setting": setting, "tokens_per_s_and_ratios": figures}, indent=1) + "\n")
 
 
 class BareStep:
@@ -93,7 +93,8 @@ class BareStep:
         )
         sequence = Sequence(request=request, arrival=0, token_ids=[5] * (position + 1), num_computed_tokens=position, slot=0)
         sequence.block_ids = list(range(1, 2 + position // self.config.cache.block_size))
-        return batcher.build(Schedule(items=(ScheduledTokens(sequence=sequence, num_tokens=1),), admitted=()))
+        item = ScheduledTokens(sequence=sequence, start=position, num_tokens=1, chooses_token=True)
+        return batcher.build(Schedule(items=(item,), admitted=(sequence,)))
 
     def rate(self) -> float:
         """Tokens a second."""
@@ -141,8 +142,14 @@ def use_real_time_class() -> bool:
     return True
 
 
-def summary(values: list[float]) -> dict[str, float]:
-    return {"median": round(statistics.median(values), 3), "min": round(min(values), 3), "max": round(max(values), 3)}
+def summary(values: list[float], *, digits: int = 3) -> dict[str, float]:
+    """Median and range, for the table and the file of results."""
+    return {"median": round(statistics.median(values), digits), "min": round(min(values), digits), "max": round(max(values), digits)}
+
+
+def machine() -> dict[str, Any]:
+    """Where the figures were taken."""
+    return {"cpu": cpu_name(), "cores": os.cpu_count(), "python": platform.python_version(), "jax": jax.__version__}
 
 
 def cpu_name() -> str:

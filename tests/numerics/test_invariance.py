@@ -179,7 +179,7 @@ def test_answers_are_the_same_bits_after_preemption(runner: ModelRunner, alone: 
 
     together = finish(core, REQUESTS)
 
-    assert core.scheduler.num_preemptions >= 5
+    assert core.scheduler.num_preemptions >= 3
     assert core.pool.num_held == 0
     assert together == alone
 
@@ -250,7 +250,7 @@ def test_a_sequence_that_fails_takes_nobody_with_it(runner: ModelRunner, alone: 
         for delta in core.step():
             answers[delta.request_id].add(delta)
 
-    poison(runner, core.scheduler.running[0].block_ids)
+    poison(runner, core.scheduler.running[0].block_ids[6:])  # the prompts begin alike, so the blocks before are not its own
     while core.has_work:
         for delta in core.step():
             answers[delta.request_id].add(delta)

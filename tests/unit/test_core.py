@@ -72,6 +72,7 @@ class CoreMachine(RuleBasedStateMachine):
         self.open: dict[str, GenerationRequest] = {}
         self.deltas: dict[str, list[TokenDelta]] = {}
         self.num_requests = 0
+        self.has_launched = False  # in the last step
 
     @rule(
         prompts=st.lists(st.lists(TOKENS, min_size=1, max_size=12), min_size=1, max_size=4),
@@ -152,7 +153,8 @@ class CoreMachine(RuleBasedStateMachine):
         assert all(
             0 < sum(item.num_tokens for item in batch.items) <= self.config.scheduler.max_num_batched_tokens for batch in new_batches
         )
-        assert new_batches or not self.core.has_work, "a step with work computed nothing"
+        assert new_batches or self.has_launched or not self.core.has_work, "a step with work neither launched nor collected"
+        self.has_launched = bool(new_batches)
         assert [sequence.num_preemptions for sequence in had_running] == preemptions, "the oldest gave way"
         assert all(each.num_preemptions <= MAX_PREEMPTIONS for each in (*self.core.scheduler.running, *self.core.scheduler.waiting))
         assert all(each.deadline_s is None or each.deadline_s > self.clock.now_s for each in self.open.values())
@@ -196,6 +198,120 @@ def test_a_request_gets_its_tokens_one_per_step_and_one_end() -> None:
     assert joined(deltas) == expected(request("a"))
 
 
+def test_the_next_step_is_launched_before_the_last_one_is_read() -> None:
+    core, runner = scripted_core(engine_config())
+    core.submit(request("a"))
+
+    assert core.step() == []
+    launched, first = len(runner.batches), core.step()
+
+    assert launched == 1
+    assert len(runner.batches) == 2
+    assert joined(first).token_ids == expected(request("a")).token_ids[:1]
+
+
+def test_a_sequence_that_ends_by_length_is_given_no_step_too_many() -> None:
+    core, runner = scripted_core(engine_config())
+    core.submit(request("a"))
+
+    run_until_idle(core)
+
+    assert len(runner.batches) == 8
+
+
+def test_what_is_computed_for_a_sequence_that_ended_by_its_token_is_thrown_away() -> None:
+    core, runner = scripted_core(engine_config())
+    core.submit(request("a", sampling=end_at(3)))
+    core.submit(request("b"))
+
+    deltas = run_until_idle(core)
+
+    assert sum(item.sequence.request.request_id == "a" for batch in runner.batches for item in batch.items) == 4
+    assert joined(deltas["a"]).token_ids == expected(request("a")).token_ids[:3]
+    assert joined(deltas["b"]) == expected(request("b"))
+
+
+def test_a_sequence_that_needs_the_host_between_two_tokens_takes_every_second_step() -> None:
+    core, runner = scripted_core(engine_config())
+    core.submit(request("a"))
+    core.submit(request("b"))
+    core.scheduler.waiting[0].needs_host = True
+
+    deltas = run_until_idle(core)
+
+    steps = [{item.sequence.request.request_id for item in batch.items} for batch in runner.batches]
+    assert steps[:4] == [{"a", "b"}, {"b"}, {"a", "b"}, {"b"}]
+    assert [joined(deltas[name]) for name in "ab"] == [expected(request(name)) for name in "ab"]
+
+
+def test_a_prefix_that_was_computed_before_is_not_computed_again() -> None:
+    core, runner = scripted_core(engine_config(max_num_batched_tokens=64))
+    first, longer = request("a", *range(3, 23)), request("b", *range(3, 33))
+
+    deltas = [run_until_idle(core) for each in (first, longer, first) if core.submit(each) is None]
+
+    assert [each["ab"[n % 2]][-1].num_cached_tokens for n, each in enumerate(deltas)] == [0, 20, 19]
+    assert [batch.items[0].num_tokens for batch in runner.batches if batch.items[0].start < 20] == [20, 1]
+    assert joined(deltas[1]["b"]) == expected(longer)
+    assert joined(deltas[2]["a"]) == expected(first)
+
+
+def test_other_salts_share_nothing() -> None:
+    core, _ = scripted_core(engine_config(max_num_batched_tokens=64))
+    for salt in ("", "one", "two"):
+        core.submit(replace(request("a" + salt, *range(3, 23)), cache_salt=salt))
+
+        assert joined(run_until_idle(core)["a" + salt]) == expected(replace(request("a" + salt, *range(3, 23)), cache_salt=salt))
+    assert core.cache.num_hit_tokens == 0
+
+
+def test_a_scored_prompt_is_answered_from_what_its_blocks_gave_before() -> None:
+    core, runner = scripted_core(engine_config(max_num_batched_tokens=8))
+    scored = request("a", *range(3, 23), sampling=replace(GREEDY, max_tokens=1, prompt_logprobs=3))
+    core.submit(scored)
+    cold = joined(run_until_idle(core)["a"])
+    num_batches = len(runner.batches)
+
+    core.submit(scored)
+    warm = joined(run_until_idle(core)["a"])
+
+    assert warm == cold == expected(scored)
+    assert [[item.num_tokens for item in batch.items] for batch in runner.batches[num_batches:]] == [[4]]
+
+
+def test_a_block_that_was_never_scored_is_no_hit_for_a_prompt_that_is() -> None:
+    core, _ = scripted_core(engine_config(max_num_batched_tokens=64))
+    core.submit(request("a", *range(3, 23)))
+    run_until_idle(core)
+    scored = request("b", *range(3, 23), sampling=replace(GREEDY, max_tokens=0, prompt_logprobs=0))
+
+    core.submit(scored)
+
+    assert joined(run_until_idle(core)["b"]) == expected(scored)
+
+
+def test_a_generation_goes_on_behind_what_another_engine_gave() -> None:
+    whole = expected(request("a", sampling=replace(GREEDY, presence_penalty=0.5, prompt_logprobs=1)))
+    core, _ = scripted_core(engine_config())
+    core.submit(
+        request("a", sampling=replace(GREEDY, presence_penalty=0.5, prompt_logprobs=1)),
+        output_token_ids=whole.token_ids[:5],
+        num_scored_tokens=2,
+    )
+
+    rest = joined(run_until_idle(core)["a"])
+
+    assert (rest.token_ids, rest.prompt_logprobs, rest.finish_reason) == (whole.token_ids[5:], (), whole.finish_reason)
+
+
+@pytest.mark.parametrize(("max_tokens", "num_given"), [(8, 8), (8, 9), (0, 1)])
+def test_a_generation_that_has_all_its_tokens_already_is_refused(max_tokens: int, num_given: int) -> None:
+    core, _ = scripted_core(engine_config())
+
+    with pytest.raises(RequestError, match="there already"):
+        core.submit(request("a", sampling=replace(GREEDY, max_tokens=max_tokens)), output_token_ids=(5,) * num_given)
+
+
 def test_company_does_not_change_a_request_and_aborts_leave_no_block_held() -> None:
     core, _ = scripted_core(engine_config(max_num_seqs=64, max_num_batched_tokens=48, num_blocks=400))
     requests = [
@@ -222,9 +338,9 @@ def test_a_long_prompt_is_read_beside_running_sequences_that_keep_their_pace() -
     core.step()
     core.submit(request("long", *range(1, 41)))
 
-    steps = [{delta.request_id for delta in core.step()} for _ in range(7)]
+    steps = [{delta.request_id for delta in core.step()} for _ in range(8)]
 
-    assert steps == [{"short"}] * 5 + [{"short", "long"}] * 2
+    assert steps == [{"short"}] * 6 + [{"short", "long"}] * 2
 
 
 def test_a_preempted_sequence_resumes_with_the_same_tokens() -> None:
@@ -356,7 +472,10 @@ def test_before_min_tokens_no_end_token_comes() -> None:
 def test_the_end_token_is_told_to_the_device_unless_it_is_ignored() -> None:
     core, runner = scripted_core(engine_config())
     told: list[tuple[int, ...]] = []
-    runner.reset_slot, reset = lambda slot, sampling, ends: (told.append(ends), reset(slot, sampling, ends))[1], runner.reset_slot
+    runner.reset_slot, reset = (
+        lambda slot, sampling, ends, **tokens: (told.append(ends), reset(slot, sampling, ends, **tokens))[1],
+        runner.reset_slot,
+    )
     core.submit(request("a", sampling=replace(GREEDY, ignore_eos=False, stop_token_ids=(9,))))
     core.submit(request("b", sampling=replace(GREEDY, ignore_eos=True, stop_token_ids=(9,))))
 
