@@ -7,11 +7,13 @@
 
 VENV ?= .venv
 WORKERS ?= 2
+SEEDS ?= 1000
+FIRST ?= 0
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test check format bench lock wheel clean
+.PHONY: help install serve test simulate check format bench lock wheel clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' Makefile | awk -F'|' '{printf "%-16s %s\n", $$1, $$2}'
@@ -23,6 +25,9 @@ serve: $(VENV)/.runtime ## serve the default model, or MODEL=DIR; PORT=, ARGS=
 
 test: $(VENV)/.dev ## run the whole test suite; ARGS= goes to pytest, WORKERS= sets how many processes
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+simulate: $(VENV)/.dev ## live through SEEDS= seeds of the simulated engine with kills, delays and aborts; FIRST= is the first seed
+	PYTHONPATH=tests/support $(BIN)/python tests/simulation/simulate.py --seeds $(SEEDS) --first $(FIRST) --workers $(WORKERS)
 
 check: $(VENV)/.dev ## format, lint, types, import rules, spelling, dependencies
 	$(BIN)/ruff format --check
