@@ -3,7 +3,9 @@
     1. Everything that can be wrong is looked at first: model directory, configuration, tokenizer, port. Each is one line and status 2.
     2. The socket listens before the engine starts, so that a taken port is known at once and `/livez` answers while the model loads.
     3. The supervisor starts the engine process; while it imports and loads, this process imports and builds the HTTP application.
-    4. SIGTERM or Ctrl-C: readiness fails and nothing new is taken; what runs may finish until the timeout, the rest is told; the engine
+    4. SIGTERM: readiness fails at once, and for a short while requests are still taken, so that load balancers turn away before anybody is
+       refused. Ctrl-C, and SIGTERM before the first readiness, know no such while: nobody sends requests by way of readiness then.
+    5. Nothing new is taken; what runs may finish until the timeout, if need be in another engine process; the rest is told; the engine
        ends. A second signal ends everything at once.
 
 Owns the signals and the order of these things, not the things themselves.
@@ -107,6 +109,7 @@ class _Life:
         self._prepared = prepared
         self._engine_command = engine_command
         self._stop_asked = asyncio.Event()
+        self._signum: int | None = None  # the first signal
         settings = prepared.settings
         self._console = Console(url=prepared.url, model_name=settings.model_name, has_tokenizer=prepared.tokenizer is not None)
 
@@ -138,7 +141,7 @@ class _Life:
         stop_asked = asyncio.create_task(self._stop_asked.wait())
         await asyncio.wait({until, serving, stop_asked}, return_when=asyncio.FIRST_COMPLETED)
         stop_asked.cancel()
-        await self._drain(cast("FastAPI", config.app).state.services.admission)
+        await self._drain(cast("FastAPI", config.app).state.services.admission, until=until)
         http.should_exit = True
         await serving
 
@@ -171,23 +174,31 @@ class _Life:
             timeout_graceful_shutdown=FAREWELL_S,
         )
 
-    async def _drain(self, admission: "Admission") -> None:
-        """Take nothing new, wait for what runs, and fail what is left at the timeout."""
+    async def _drain(self, admission: "Admission", *, until: "asyncio.Task[None]") -> None:
+        """Announce the end, take nothing new, wait for what runs; fail what is left at the timeout, or once there will be no engine."""
+        client, settings = self._supervisor.client, self._prepared.settings
+        admission.retire()
+        if self._signum == signal.SIGTERM and client.info is not None:
+            await asyncio.wait({until}, timeout=settings.shutdown_notice)
         admission.drain()
-        try:
-            async with asyncio.timeout(self._prepared.settings.shutdown_timeout):
-                while admission.num_open:
-                    await asyncio.sleep(POLL_S)
-        except TimeoutError:
-            self._supervisor.client.fail_open("the server is shutting down")
+        idle = asyncio.create_task(_until_idle(admission))
+        await asyncio.wait({idle, until}, timeout=settings.shutdown_timeout, return_when=asyncio.FIRST_COMPLETED)
+        idle.cancel()
+        client.fail_open("the server is shutting down")
 
     def _signalled(self, signum: int) -> None:
         if self._stop_asked.is_set():
             self._console.close()
             self._supervisor.kill()
             os._exit(128 + signum)
+        self._signum = signum
         self._stop_asked.set()
         self._console.stopping(self._supervisor.client.num_open, timeout_s=self._prepared.settings.shutdown_timeout)
+
+
+async def _until_idle(admission: "Admission") -> None:
+    while admission.num_open:
+        await asyncio.sleep(POLL_S)
 
 
 class _Server(uvicorn.Server):

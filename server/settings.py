@@ -82,8 +82,11 @@ class Settings(BaseSettings):
     # the server
     host: str = Field("127.0.0.1", min_length=1, description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes any free one")
+    shutdown_notice: float = Field(
+        1.0, ge=0, allow_inf_nan=False, description="seconds after SIGTERM in which requests are still taken, while /readyz fails already"
+    )
     shutdown_timeout: float = Field(
-        30.0, ge=0, allow_inf_nan=False, description="seconds that running requests get to finish after SIGTERM"
+        30.0, ge=0, allow_inf_nan=False, description="seconds that running requests get to finish once no more are taken"
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe log lines shown")
     log_format: Literal["auto", "text", "json"] = Field("auto", description="auto: text on a terminal, else json")

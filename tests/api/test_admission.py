@@ -72,15 +72,76 @@ async def test_a_full_server_says_when_to_come_back_and_takes_the_next_when_ther
     assert app.state.services.admission.num_open == 0
 
 
-async def test_a_loading_engine_and_a_restarting_one_are_told_apart(http: httpx.AsyncClient, engine: FakeEngineClient):
-    engine.die()
-    restarting = await http.post("/v1/completions", json={})
-    engine.info = None
+async def test_before_the_first_readiness_nothing_is_taken(http: httpx.AsyncClient, engine: FakeEngineClient):
+    engine.info, engine.is_ready = None, False
+
     loading = await http.post("/v1/completions", json={})
 
-    assert (restarting.status_code, restarting.json()["error"]["code"]) == (503, "engine_restarting")
     assert (loading.status_code, loading.json()["error"]["code"]) == (503, "model_loading")
     assert loading.headers["retry-after"]
+
+
+async def test_a_request_that_comes_while_the_engine_restarts_is_answered_afterwards(http: httpx.AsyncClient, engine: FakeEngineClient):
+    engine.die()
+    async with asyncio.TaskGroup() as tasks:
+        waiting = tasks.create_task(http.post("/v1/completions", json={"prompt": [7], "max_tokens": 3}))
+        while not engine.num_open:
+            await asyncio.sleep(0.001)
+        unready = await http.get("/readyz")
+        assert not waiting.done()
+        engine.revive()
+
+    assert (unready.status_code, unready.json()["status"]) == (503, "engine_restarting")
+    assert waiting.result().status_code == 200
+    assert waiting.result().json()["usage"]["completion_tokens"] == 3
+    assert (await http.get("/readyz")).status_code == 200
+
+
+async def test_what_cannot_wait_for_the_restarted_engine_is_told_so(http: httpx.AsyncClient, engine: FakeEngineClient, app: FastAPI):
+    engine.die()
+    async with asyncio.TaskGroup() as tasks:
+        waiting = tasks.create_task(http.post("/v1/completions", json={"prompt": [7], "n": 5}))
+        while engine.num_open < 5:
+            await asyncio.sleep(0.001)
+        refused = await http.post("/v1/completions", json={"prompt": [7]})
+        engine.revive()
+
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_restarting")
+    assert refused.headers["retry-after"]
+    assert waiting.result().status_code == 200
+    assert app.state.services.admission.num_open == 0
+
+
+async def test_a_timeout_that_passes_while_the_engine_restarts_is_kept(http: httpx.AsyncClient, engine: FakeEngineClient, app: FastAPI):
+    engine.die()
+
+    late = await http.post("/v1/completions", json={"prompt": [7], "timeout": 0.05})
+
+    assert (late.status_code, late.json()["error"]["code"]) == (504, "deadline_exceeded")
+    assert app.state.services.admission.num_open == 0
+
+
+async def test_a_client_that_leaves_while_the_engine_restarts_gives_its_place_back(engine: FakeEngineClient, live_url: str, app: FastAPI):
+    engine.die()
+
+    async with httpx.AsyncClient(timeout=0.2) as client:
+        with pytest.raises(httpx.ReadTimeout):
+            await client.post(f"{live_url}/v1/completions", json={"prompt": [7]})
+
+    async with asyncio.timeout(10):
+        while app.state.services.admission.num_open:
+            await asyncio.sleep(0.01)
+    assert engine.num_open == 0
+
+
+async def test_a_retiring_server_is_unready_and_still_takes_requests(http: httpx.AsyncClient, app: FastAPI):
+    app.state.services.admission.retire()
+
+    unready = await http.get("/readyz")
+    taken = await http.post("/v1/completions", json={"prompt": [7]})
+
+    assert (unready.status_code, unready.json()["status"]) == (503, "shutting_down")
+    assert taken.status_code == 200
 
 
 async def test_a_draining_server_is_unready_and_finishes_what_runs(http: httpx.AsyncClient, engine: FakeEngineClient, app: FastAPI):
@@ -106,7 +167,7 @@ async def test_what_a_shutdown_cuts_short_is_told_so(http: httpx.AsyncClient, en
         while not engine.num_open:
             await asyncio.sleep(0.001)
         app.state.services.admission.drain()
-        engine.die()
+        engine.give_up()
 
     assert (running.result().status_code, running.result().json()["error"]["code"]) == (503, "shutting_down")
 
