@@ -1,11 +1,12 @@
 """FairQueue: who among those that never ran is next.
 
-Tenants share the engine by service, counted in tokens (the virtual token counter of Sheng et al., arXiv:2401.00588): next is the tenant
-that has been given least, and of its sequences the one with the highest priority, then the oldest. A sequence is charged the most that
-it can use, its prompt and max_tokens, when it is let in; what it did not use is refunded when it leaves. A tenant that had nobody waiting
-gets no credit for that time: it starts from where the tenant that was served last stood.
+Tenants share the engine by tokens (the virtual token counter of Sheng et al., arXiv:2401.00588): next is the tenant that was charged least,
+and of its sequences the one with the highest priority, then the oldest. A sequence is charged the most it can use, its prompt and
+max_tokens, when it is let in; what it did not use is refunded when it leaves. A tenant gets no credit for a time when it had nobody
+waiting: it starts level with what the others have received by then. Not with what they were charged: they hold tokens in advance, and a
+newcomer that started behind these would wait until all of them are used or refunded.
 
-Used by the scheduler only; it decides when somebody is let in, this file decides who.
+The scheduler decides when somebody is let in, this file decides who.
 """
 
 from bisect import bisect_left, insort
@@ -17,9 +18,14 @@ from engine.sequence import Sequence
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class _Tenant:
-    service: int = 0  # tokens charged
-    num_admitted: int = 0  # let in, not ended
+    charge: int = 0  # tokens, less what was refunded
+    admitted: set[Sequence] = field(default_factory=set[Sequence])  # let in, not ended
     waiting: list[tuple[int, int, Sequence]] = field(default_factory=list[tuple[int, int, Sequence]])  # sorted; the last is the next
+
+    @property
+    def num_received_tokens(self) -> int:
+        """Of the tokens charged, those that are not open any more."""
+        return self.charge - sum(map(_num_unused_tokens, self.admitted))
 
 
 class FairQueue:
@@ -28,7 +34,7 @@ class FairQueue:
     def __init__(self) -> None:
         self._tenants: dict[str, _Tenant] = {}
         self._num_waiting = 0
-        self._level = 0  # service of the tenant served last, when its turn came
+        self._last = _Tenant()  # whose turn it was last
 
     def __len__(self) -> int:
         return self._num_waiting
@@ -44,7 +50,7 @@ class FairQueue:
             self._forget_settled()
             tenant = self._tenants[sequence.request.tenant] = _Tenant()
         if not tenant.waiting:
-            tenant.service = max(tenant.service, self._level)
+            tenant.charge = max(tenant.charge, self._level())
         insort(tenant.waiting, _entry(sequence))
         self._num_waiting += 1
 
@@ -57,9 +63,9 @@ class FairQueue:
     def admit(self, sequence: Sequence) -> None:
         """Let it in and charge its tenant."""
         tenant = self._take_out(sequence)
-        self._level = tenant.service
-        tenant.service += sequence.max_len
-        tenant.num_admitted += 1
+        tenant.charge += sequence.max_len
+        tenant.admitted.add(sequence)
+        self._last = tenant
 
     def remove(self, sequence: Sequence) -> None:
         """It leaves without having run."""
@@ -68,8 +74,13 @@ class FairQueue:
     def settle(self, sequence: Sequence) -> None:
         """An admitted sequence has ended."""
         tenant = self._tenants[sequence.request.tenant]
-        tenant.service -= max(0, sequence.max_len - sequence.num_tokens)
-        tenant.num_admitted -= 1
+        tenant.charge -= _num_unused_tokens(sequence)
+        tenant.admitted.remove(sequence)
+
+    def _level(self) -> int:
+        """What the others have received: the least among those who wait."""
+        waiting = [tenant for tenant in self._tenants.values() if tenant.waiting]
+        return min(tenant.num_received_tokens for tenant in waiting or [self._last])
 
     def _take_out(self, sequence: Sequence) -> _Tenant:
         tenant = self._tenants[sequence.request.tenant]
@@ -78,10 +89,16 @@ class FairQueue:
         return tenant
 
     def _forget_settled(self) -> None:
-        """Drop the tenants who have nothing open and would start from `_level` as strangers do."""
+        """Drop the tenants who have nothing open and would start from the level as strangers do."""
+        level = self._level()
         self._tenants = {
-            name: tenant for name, tenant in self._tenants.items() if tenant.waiting or tenant.num_admitted or tenant.service > self._level
+            name: tenant for name, tenant in self._tenants.items() if tenant.waiting or tenant.admitted or tenant.charge > level
         }
+
+
+def _num_unused_tokens(sequence: Sequence) -> int:
+    """Charged, but not computed so far."""
+    return sequence.max_len - sequence.num_tokens
 
 
 def _entry(sequence: Sequence) -> tuple[int, int, Sequence]:
@@ -89,6 +106,6 @@ def _entry(sequence: Sequence) -> tuple[int, int, Sequence]:
 
 
 def _turn(tenant: _Tenant) -> tuple[int, int]:
-    """Least service first; between equals, who waits longer."""
+    """Least charged first; between equals, who waits longer."""
     _, age, _ = tenant.waiting[-1]
-    return tenant.service, -age
+    return tenant.charge, -age
