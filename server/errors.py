@@ -182,7 +182,7 @@ def error_response(error: ApiError) -> JSONResponse:
 def as_api_error(error: Exception, *, request_id: str, limits: Limits, is_draining: bool = False) -> ApiError:
     """The one translation: whatever was raised, as what the client is told. The unexpected becomes a generic `InternalError`.
 
-    While draining, a generation that is cut short was cut by the shutdown.
+    What `EngineDiedError` cuts short was cut by the shutdown, while draining; else it is a generation that no engine survives.
     """
     match error:
         case ApiError():
@@ -194,11 +194,7 @@ def as_api_error(error: Exception, *, request_id: str, limits: Limits, is_draini
         case EngineDiedError() if is_draining:
             return Unavailable("the server is shutting down", code="shutting_down", retry_after_s=limits.retry_after_s)
         case EngineDiedError():
-            return Unavailable(
-                "the engine ended while this request ran and is being restarted; send it again",
-                code="engine_restarting",
-                retry_after_s=limits.retry_after_s,
-            )
+            return InternalError("the engine ended while it ran this request and it was given up; other requests are not affected")
         case _:
             return InternalError(f"internal error; the server's log has the details under request id {request_id}")
 
@@ -259,7 +255,12 @@ def translated(request: Request, error: Exception) -> ApiError:
 
 
 async def _answer_known(request: Request, error: Exception) -> Response:
-    return error_response(translated(request, error))
+    told = translated(request, error)
+    if isinstance(error, EngineDiedError):
+        log.error("a generation was given up", error=str(error))
+    if told.is_retryable and told.code is not None:
+        request.app.state.services.metrics.refused.labels(code=told.code).inc()
+    return error_response(told)
 
 
 async def _answer_http(request: Request, error: Exception) -> Response:

@@ -1,8 +1,9 @@
 """Numbers and log lines for operators: a metrics registry of our own, and one format for every log.
 
-Names begin with `grok:`; three gauges also go out under the `vllm:` names that gateways and dashboards read. Counters and histograms are
-fed by `server/generation.py` as deltas pass; gauges are read from the engine's last statistics when somebody scrapes, so the step loop
-never waits for a scrape. Nothing here sees a prompt or a text.
+Names begin with `grok:`; three gauges also go out under the `vllm:` names that gateways and dashboards read. What concerns sequences is
+counted by `server/generation.py` as deltas pass, refusals by `server/errors.py`; what concerns the engine is read from its last statistics
+when somebody scrapes, so the step loop never waits for a scrape. The client sums the totals of one engine process after the other: no
+counter falls when the engine is restarted. Nothing here sees a prompt or a text.
 """
 
 import atexit
@@ -19,7 +20,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from engine.client import EngineClient
-from engine.types import GenerationRequest, TokenDelta
+from engine.types import EngineStats, GenerationRequest, TokenDelta
 
 _LATENCY_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _ITL_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5)
@@ -31,10 +32,13 @@ class Metrics:
     def __init__(self, client: EngineClient, *, model_name: str) -> None:
         disable_created_metrics()  # a second series per counter that nobody reads
         self._registry = CollectorRegistry()
-        self._registry.register(_EngineGauges(client, model_name=model_name))
+        self._registry.register(_EngineSeries(client, model_name=model_name))
         self.prompt_tokens = Counter("grok:prompt_tokens", "Prompt tokens of submitted sequences", registry=self._registry)
         self.cached_tokens = Counter("grok:prompt_tokens_cached", "Prompt tokens found in the cache", registry=self._registry)
         self.generation_tokens = Counter("grok:generation_tokens", "Generated tokens", registry=self._registry)
+        self.refused = Counter(
+            "grok:requests_refused", "Requests that may be sent again later, by the error's code", ["code"], registry=self._registry
+        )
         self.finished = Counter("grok:sequences_finished", "Sequences by how they ended", ["finished_reason"], registry=self._registry)
         self.ttft_s = Histogram(
             "grok:time_to_first_token_seconds",
@@ -87,7 +91,7 @@ class SequenceMeter:
         self._metrics.e2e_s.observe(time.monotonic() - self._arrival_s)
 
 
-class _EngineGauges(Collector):
+class _EngineSeries(Collector):
     """What the engine last told about itself, read at scrape time."""
 
     def __init__(self, client: EngineClient, *, model_name: str) -> None:
@@ -97,9 +101,10 @@ class _EngineGauges(Collector):
     def collect(self) -> Iterator[Metric]:
         stats = self._client.stats
         usage = stats.num_blocks_used / stats.num_blocks if stats.num_blocks else 0.0
+        waiting = {"capacity": stats.num_waiting, "engine": self._client.num_held}
         shared = {
             "num_requests_running": ("Sequences in the batch", stats.num_running),
-            "num_requests_waiting": ("Sequences waiting for room in the batch", stats.num_waiting),
+            "num_requests_waiting": ("Sequences waiting for room in the batch, or for an engine", sum(waiting.values())),
             "kv_cache_usage_perc": ("Share of cache blocks in use, 0 to 1", usage),
         }
         for name, (text, value) in shared.items():
@@ -107,9 +112,24 @@ class _EngineGauges(Collector):
             gauge = GaugeMetricFamily(f"vllm:{name}", text, labels=["model_name"])
             gauge.add_metric([self._model_name], value)
             yield gauge
-        yield GaugeMetricFamily("grok:engine_ready", "1 while requests are taken", value=float(self._client.is_ready))
-        yield CounterMetricFamily("grok:engine_steps", "Steps since the engine started", value=stats.num_steps)
+        by_reason = GaugeMetricFamily(
+            "grok:num_requests_waiting_by_reason", "Waiting for room in the batch (capacity), or for a restarted engine", labels=["reason"]
+        )
+        for reason, count in waiting.items():
+            by_reason.add_metric([reason], count)
+        yield by_reason
+        yield GaugeMetricFamily("grok:kv_cache_blocks", "Blocks of the cache", value=stats.num_blocks)
+        yield GaugeMetricFamily("grok:kv_cache_blocks_used", "Blocks that running sequences hold", value=stats.num_blocks_used)
+        yield GaugeMetricFamily("grok:kv_cache_blocks_cached", "Free blocks kept for the prefix cache", value=stats.num_blocks_cached)
+        yield GaugeMetricFamily("grok:engine_ready", "1 while an engine runs", value=float(self._client.is_ready))
+        yield from self._totals(stats)
+
+    def _totals(self, stats: EngineStats) -> Iterator[Metric]:
+        yield CounterMetricFamily("grok:engine_restarts", "Engines that became ready after the first", value=self._client.num_restarts)
+        yield CounterMetricFamily("grok:engine_steps", "Steps of all engines", value=stats.num_steps)
         yield CounterMetricFamily("grok:preemptions", "Sequences whose blocks were taken back", value=stats.num_preemptions)
+        yield CounterMetricFamily("grok:prefix_cache_queries", "Prompt tokens looked up in the prefix cache", value=stats.num_lookup_tokens)
+        yield CounterMetricFamily("grok:prefix_cache_hits", "Prompt tokens found in the prefix cache", value=stats.num_hit_tokens)
         yield CounterMetricFamily("grok:late_compilations", "Programs compiled after readiness; 0", value=stats.num_late_compilations)
 
 

@@ -26,7 +26,7 @@ async def livez() -> JSONResponse:
 async def readyz(services: FromApp) -> JSONResponse:
     """200 while requests are taken; else 503 with the reason, and the phase and percentage of a start."""
     try:
-        services.admission.check_open()
+        services.admission.check_ready()
     except Unavailable as reason:
         body = {"status": reason.code, **_progress(services.client.progress)}
         return JSONResponse(body, status_code=503, headers=reason.headers)

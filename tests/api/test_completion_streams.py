@@ -218,7 +218,7 @@ def test_many_streams_opened_and_dropped_leave_nothing_behind(live_url: str, eng
 @pytest.mark.parametrize(
     ("failure", "code"),
     [
-        (EngineDiedError("the engine process ended"), "engine_restarting"),
+        (EngineDiedError("the engine process ended"), "internal_error"),
         (RuntimeError("a secret path /root/x"), "internal_error"),
     ],
 )
@@ -252,20 +252,62 @@ def test_a_failure_before_the_first_piece_keeps_its_own_status(live_url: str, en
     died = httpx.post(f"{live_url}/v1/completions", json={"prompt": [7], "stream": True})
 
     assert (late.status_code, late.json()["error"]["code"]) == (504, "deadline_exceeded")
-    assert (died.status_code, died.json()["error"]["code"]) == (503, "engine_restarting")
+    assert (died.status_code, died.json()["error"]["code"]) == (500, "internal_error")
 
 
-def test_open_streams_are_told_when_the_engine_dies(live_url: str, engine: FakeEngineClient):
+def test_a_stream_outlives_the_engine_with_comments_while_it_waits(live_url: str, engine: FakeEngineClient):
+    body = {"prompt": [7], "max_tokens": 6, "seed": 1, "stream": True}
+    undisturbed = [answer["choices"] for answer in chunks(stream(live_url, **body))]
+    engine.pause_s = 0.02
+
+    with httpx.stream("POST", f"{live_url}/v1/completions", json=body) as response:
+        lines = response.iter_lines()
+        seen = [next(lines)]
+        engine.die()
+        seen += [line for line in iter(lines.__next__, ": ping") if line]
+        engine.revive()
+        seen += [line for line in lines if line]
+
+    *events, last = (line for line in seen if not line.startswith(":"))
+    assert [json.loads(event.removeprefix("data: "))["choices"] for event in events] == undisturbed
+    assert last == "data: [DONE]"
+
+
+def test_a_request_of_the_time_without_an_engine_is_answered_after_it(live_url: str, engine: FakeEngineClient):
+    engine.die()
+    threading.Timer(0.2, engine.revive).start()
+
+    answers = chunks(stream(live_url, prompt=[7], max_tokens=2))
+
+    assert answers[-1]["choices"][0]["finish_reason"] == "length"
+
+
+def test_a_timeout_ends_a_stream_on_time_though_no_engine_runs(live_url: str, engine: FakeEngineClient, app: FastAPI):
+    engine.script = one_token_then(0.1, 0.1, HANG)
+    started = time.monotonic()
+
+    with httpx.stream("POST", f"{live_url}/v1/completions", json={"stream": True, "prompt": [7], "timeout": 0.3}) as response:
+        lines = response.iter_lines()
+        next(lines)
+        engine.die()
+        *_, last = (line for line in lines if line)
+
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "deadline_exceeded"
+    assert 0.25 < time.monotonic() - started < 2
+    assert eventually(lambda: app.state.services.admission.num_open == 0)
+
+
+def test_open_streams_are_told_when_there_will_be_no_engine(live_url: str, engine: FakeEngineClient):
     engine.script = one_token_then(HANG)
 
     with httpx.stream("POST", f"{live_url}/v1/completions", json={"stream": True, "prompt": [7]}) as response:
         lines = response.iter_lines()
         first = next(lines)
-        engine.die()
+        engine.give_up()
         *_, last = (line for line in lines if line)
 
     assert json.loads(first.removeprefix("data: "))["choices"]
-    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_restarting"
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "internal_error"
 
 
 def test_a_stream_is_not_disturbed_by_one_that_fails(live_url: str, engine: FakeEngineClient):

@@ -12,6 +12,7 @@ from fake_engine import VOCAB_SIZE, FakeEngineClient, counting_script, fake_logp
 from fastapi import FastAPI
 from tiny_tokenizer import tiny_tokenizer
 
+from engine.errors import EngineDiedError
 from engine.types import FinishReason, GenerationRequest, TokenDelta, TokenLogprob
 from server.schemas.completions import CompletionRequest
 
@@ -400,15 +401,15 @@ async def test_what_the_engine_refuses_is_the_clients_mistake(http: httpx.AsyncC
     assert response.json()["error"]["message"] == engine.refusal
 
 
-async def test_an_engine_that_dies_meanwhile_asks_the_client_to_come_back(http: httpx.AsyncClient, engine: FakeEngineClient):
-    engine.is_alive = False
+async def test_a_generation_that_the_engine_does_not_survive_is_a_500_that_is_not_to_be_retried(
+    http: httpx.AsyncClient, engine: FakeEngineClient
+):
+    engine.script = lambda _: [EngineDiedError("the engine process ended each time")]
 
     response = await http.post("/v1/completions", json={"prompt": [7]})
 
-    assert response.status_code == 503
-    assert response.json()["error"]["code"] == "engine_restarting"
-    assert response.headers["retry-after"] == "1"
-    assert response.headers["retry-after-ms"] == "1000"
+    assert (response.status_code, response.json()["error"]["code"]) == (500, "internal_error")
+    assert response.headers["x-should-retry"] == "false"
 
 
 async def test_the_openapi_document_describes_the_endpoint(http: httpx.AsyncClient):
