@@ -1,36 +1,51 @@
 """EngineConfig -> EngineCore: the one start-up function, and the only host file that imports jax.
 
-Checks the files, loads the weights, compiles every program; each phase reports its progress. Raises `EngineError` with one clear line for
+Checks the files, then loads the weights and compiles every program at the same time; each reports its progress. `compile_ahead` does what
+can be done before weights and device memory are there, for a process that stands by. Both raise `EngineError` with one clear line for
 whatever a restart would not cure.
 """
 
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
+from jax.sharding import Mesh
 
-from engine.checkpoint.checkpoint import open_checkpoint
-from engine.checkpoint.load import load_params
+from engine.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from engine.checkpoint.load import load_params, param_shapes
 from engine.config import EngineConfig
 from engine.core import EngineCore
-from engine.model.params import each_spec, param_specs
+from engine.model.params import Params, each_spec, param_specs
+from engine.programs import Programs
 from engine.runner import ModelRunner
 from engine.sharding import make_mesh
 from engine.types import EngineInfo, Progress
 
 
-def build_engine(config: EngineConfig, *, report: Callable[[Progress], None]) -> EngineCore:
-    """A ready engine. Raises `ConfigError` for a mesh that does not fit, `CheckpointError` for files that do not hold the weights."""
+def build_engine(config: EngineConfig, *, report: Callable[[Progress], None], programs: Programs | None = None) -> EngineCore:
+    """A ready engine. Raises `ConfigError` for a mesh that does not fit, `CheckpointError` for files that do not hold the weights.
+
+    `programs` that were compiled ahead are used where they fit what is in the files now.
+    """
     use_compile_cache(config.compile_cache_dir)
     mesh = make_mesh(config.mesh, config.model)
     start = time.monotonic()
     checkpoint = open_checkpoint(Path(config.model_dir), config.model)
-    is_cpu = jax.default_backend() == "cpu"
-    params = load_params(checkpoint, config.model, dtype=config.dtype, mesh=mesh, keep_int8=not is_cpu, report=report)
-    loaded = time.monotonic()
-    runner = ModelRunner(config, params, mesh)
-    num_programs = runner.compile(report)
+    shapes = _param_shapes(checkpoint, config, mesh)
+    threads = ThreadPoolExecutor(1)  # left behind, not waited for, where the weights cannot be loaded
+    if programs is None or not programs.fit(config, shapes, mesh):
+        programs = Programs(config, shapes, mesh)
+        compiling = threads.submit(programs.compile, report)
+    else:
+        compiling = None
+    params = load_params(checkpoint, config.model, dtype=config.dtype, mesh=mesh, keep_int8=_keeps_int8(), report=report)
+    load_s = time.monotonic() - start
+    if compiling is not None:
+        compiling.result()
+    compile_s = time.monotonic() - start
+    runner = ModelRunner(config, params, mesh, programs)
     info = EngineInfo(
         vocab_size=config.model.vocab_size,
         max_model_len=config.scheduler.max_model_len,
@@ -44,11 +59,31 @@ def build_engine(config: EngineConfig, *, report: Callable[[Progress], None]) ->
         num_devices=mesh.size,
         num_params=sum(spec.num_params for spec in each_spec(param_specs(config.model))),
         weight_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(params)),
-        num_programs=num_programs,
-        load_s=loaded - start,
-        compile_s=time.monotonic() - loaded,
+        num_programs=programs.num_compiled,
+        num_cached_programs=programs.num_cached,
+        step_s=runner.warm_up(),
+        load_s=load_s,
+        compile_s=compile_s,
     )
     return EngineCore(config, runner, info)
+
+
+def compile_ahead(config: EngineConfig) -> Programs:
+    """The programs of an engine that may be built later. Raises as `build_engine` does."""
+    use_compile_cache(config.compile_cache_dir)
+    mesh = make_mesh(config.mesh, config.model)
+    checkpoint = open_checkpoint(Path(config.model_dir), config.model)
+    programs = Programs(config, _param_shapes(checkpoint, config, mesh), mesh)
+    programs.compile(lambda progress: None)  # noqa: ARG005
+    return programs
+
+
+def _param_shapes(checkpoint: Checkpoint, config: EngineConfig, mesh: Mesh) -> Params:
+    return param_shapes(checkpoint, config.model, dtype=config.dtype, mesh=mesh, keep_int8=_keeps_int8())
+
+
+def _keeps_int8() -> bool:
+    return jax.default_backend() != "cpu"
 
 
 def use_compile_cache(directory: str | None) -> None:

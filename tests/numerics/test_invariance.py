@@ -16,7 +16,8 @@ from numpy.random import Generator
 from engine.config import CacheConfig, EngineConfig
 from engine.core import EngineCore
 from engine.model.params import random_params
-from engine.runner import DeviceState, ModelRunner
+from engine.programs import DeviceState, Programs, shapes_of
+from engine.runner import ModelRunner
 from engine.sharding import make_mesh
 from engine.types import EngineInfo, FinishReason, GenerationRequest, SamplingParams
 
@@ -61,9 +62,10 @@ def harness() -> ForwardHarness:
 
 @pytest.fixture(scope="module")
 def runner() -> ModelRunner:
-    runner = ModelRunner(CONFIG, random_params(MODEL, seed=3, dtype="float32"), make_mesh(CONFIG.mesh, MODEL))
-    runner.compile(no_report)
-    return runner
+    params, mesh = random_params(MODEL, seed=3, dtype="float32"), make_mesh(CONFIG.mesh, MODEL)
+    programs = Programs(CONFIG, shapes_of(params), mesh)
+    programs.compile(no_report)
+    return ModelRunner(CONFIG, params, mesh, programs)
 
 
 def draw_prompt(random: Generator, length: int) -> list[int]:

@@ -17,7 +17,7 @@ from engine.checkpoint.checkpoint import open_checkpoint
 from engine.checkpoint.load import load_params
 from engine.config import DType, read_model_config
 from engine.model.quantized import QuantizedArray, dequantize
-from engine.runner import step_layouts
+from engine.programs import step_layouts
 from engine.sharding import make_mesh
 from engine.types import FinishReason, GenerationRequest, SamplingParams
 

@@ -10,14 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.batch import Batcher
+from engine.batch import Batcher, StepLayout
 from engine.block_pool import BlockPool
 from engine.config import CacheConfig, DType, EngineConfig, MeshConfig, ModelConfig, SchedulerConfig
 from engine.core import EngineCore
 from engine.model.params import Params
 from engine.model.transformer import forward, logits_of
 from engine.ops.tiles import map_rows
-from engine.runner import StepLayout, empty_cache, step_layouts
+from engine.programs import step_layouts
+from engine.runner import empty_state
 from engine.scheduler import Schedule, ScheduledTokens
 from engine.sequence import Sequence
 from engine.sharding import make_mesh
@@ -129,7 +130,7 @@ class ForwardHarness:
     def run(self, work: Seq[tuple[Seq[int], Seq[int]]], *, stale: float = 0.0) -> list[NDArray[np.float32]]:
         """Logits [prompt length, V] for every prompt; `stale` is what the cache holds before, from whoever had the blocks last."""
         pool = BlockPool(self.config.cache.num_blocks)
-        cache = jax.tree.map(lambda array: array + jnp.asarray(stale, array.dtype), empty_cache(self.config, self.mesh))
+        cache = jax.tree.map(lambda array: array + jnp.asarray(stale, array.dtype), empty_state(self.config, self.mesh).cache)
         sequences = [self._sequence(prompt, index, pool) for index, (prompt, _) in enumerate(work)]
         rows: list[list[NDArray[np.float32]]] = [[] for _ in work]
         for step in range(max(len(chunks) for _, chunks in work)):

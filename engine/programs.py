@@ -1,0 +1,226 @@
+"""Programs: everything that the engine runs on its devices, compiled before readiness and made from shapes alone.
+
+One program per bucket and kind of step, and one that resets a slot; nothing else is ever called. Because compiling needs no weights and no
+memory of the devices, it goes on beside the loading of the weights, and a standby process can have it behind it (`engine/build.py`).
+"""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from numpy.typing import NDArray
+
+from engine.batch import TILE, StepKind, StepLayout
+from engine.config import EngineConfig
+from engine.model.params import Params
+from engine.model.transformer import KVCache, LayerCache, forward, logits_of
+from engine.ops import tiles
+from engine.ops.tiles import map_rows, map_slices
+from engine.sampling import (
+    Knobs,
+    Logprobs,
+    SlotEntries,
+    SlotState,
+    choose_tokens,
+    count_tokens,
+    empty_slots,
+    logprobs_of,
+    remember_tokens,
+    resolve_tokens,
+    write_slot,
+)
+from engine.sharding import replicated, sharding_of
+from engine.types import Progress
+
+SLOT_WRITE_LEN = 256  # tokens of a slot entered per call
+ENTRY_TYPES = (jnp.int32, jnp.float32, jnp.bool_, jnp.bool_, jnp.int32)  # of `SlotEntries`
+SCORE_ROWS = 128  # positions whose logits exist at the same time, where a backend computes whole buckets
+
+_CACHE_HIT = "/jax/compilation_cache/cache_hits"
+
+
+class StepOutput(NamedTuple):
+    """Result of a step; S rows, T tokens. What its kind does not compute is None."""
+
+    token_ids: Any  # int32 [S]
+    is_finite: Any  # bool [S] False where the logits, raw or adjusted, are not finite numbers: that row has failed
+    logprobs: Logprobs | None  # of the chosen tokens, [S]
+    scores: Logprobs | None  # of `StepInput.targets`, [T]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True)
+class DeviceState:
+    """What lives on the device from step to step."""
+
+    cache: KVCache
+    slots: SlotState
+
+
+def step_layouts(config: EngineConfig) -> tuple[StepLayout, ...]:
+    """The buckets, smallest first. Where steps loop over tiles their real size decides the cost, and one small and one full bucket do.
+
+    No bucket is a single tile: a loop over all there is would be simplified away, and its body compiled to other roundings.
+    """
+    smallest = 2 * TILE
+    full_tokens = max(smallest, -(-config.scheduler.max_num_batched_tokens // TILE) * TILE)
+    sizes = [smallest, full_tokens]
+    if not tiles.loops_over_tiles():
+        sizes = [smallest << n for n in range(full_tokens.bit_length()) if smallest << n < full_tokens] + [full_tokens]
+    return tuple(
+        StepLayout(num_tokens=size, num_seqs=min(size, config.scheduler.max_num_seqs), blocks_per_seq=config.max_blocks_per_seq)
+        for size in sorted(set(sizes))
+    )
+
+
+def state_shapes(config: EngineConfig, mesh: Mesh) -> DeviceState:
+    """Shapes, types and places of the device state; the cache has one block more than the pool, the scratch block."""
+    model = config.model
+    shape = (config.cache.num_blocks + 1, config.cache.block_size, model.num_kv_heads, model.key_size)
+    block = jax.ShapeDtypeStruct(shape, jnp.dtype(config.dtype), sharding=sharding_of(mesh, (None, None, "kv_heads", None)))
+    slots = jax.eval_shape(lambda: empty_slots(config.scheduler.max_num_seqs, model.vocab_size))
+    return DeviceState(
+        cache=tuple(LayerCache(block, block) for _ in range(model.num_layers)),
+        slots=jax.tree.map(lambda field: jax.ShapeDtypeStruct(field.shape, field.dtype, sharding=replicated(mesh)), slots),
+    )
+
+
+def shapes_of(arrays: Any) -> Any:
+    """The same tree with the shape, type and place of every array."""
+    return jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding), arrays)
+
+
+class Programs:
+    """The compiled programs for weights of these shapes. `compile` comes first."""
+
+    def __init__(self, config: EngineConfig, params: Params, mesh: Mesh) -> None:
+        self.layouts = step_layouts(config)
+        self.num_compiled = 0
+        self.num_cached = 0  # of these, read from the persistent compilation cache
+        self.steps: dict[tuple[StepLayout, StepKind], Callable[..., tuple[DeviceState, StepOutput]]] = {}
+        self.write_slot: Callable[..., SlotState] | None = None
+        self._config = config
+        self._params = params
+        self._mesh = mesh
+        self._state = state_shapes(config, mesh)
+        self._lowering = threading.Lock()
+
+    def fit(self, config: EngineConfig, params: Params, mesh: Mesh) -> bool:
+        """Whether they can run with these."""
+        return (self._config, self._mesh) == (config, mesh) and jax.tree.flatten(self._params) == jax.tree.flatten(params)
+
+    def compile(self, report: Callable[[Progress], None]) -> None:
+        """Compile every program, in parallel, or read it from the persistent compilation cache.
+
+        Python traces one at a time anyway. Under the lock the first one is traced, and being read or compiled, while the others wait;
+        without it all would be traced at the same time and read afterwards.
+        """
+        jobs: dict[Future[bool], str] = {}
+        with ThreadPoolExecutor() as threads:
+            for layout in self.layouts:
+                for kind in StepKind:
+                    job = threads.submit(_is_cache_hit, partial(self._compile_step, layout, kind))
+                    jobs[job] = f"step of {layout.num_tokens} tokens, {kind.name.lower()}"
+            jobs[threads.submit(_is_cache_hit, self._compile_write_slot)] = "slot reset"
+            for done, job in enumerate(as_completed(jobs), start=1):
+                is_hit = job.result()
+                self.num_cached += is_hit
+                detail = f"{jobs[job]}: {'from the cache' if is_hit else 'compiled'}"
+                report(Progress(phase="compile", done=done, total=len(jobs), unit="programs", detail=detail))
+        self.num_compiled = len(jobs)
+
+    def _compile_step(self, layout: StepLayout, kind: StepKind) -> None:
+        def step(params: Params, state: DeviceState, packed: Any) -> tuple[DeviceState, StepOutput]:
+            return run_step(params, state, packed, layout=layout, kind=kind, config=self._config)
+
+        packed = jax.ShapeDtypeStruct((layout.packed_len,), jnp.int32, sharding=replicated(self._mesh))
+        shardings = jax.tree.map(lambda field: field.sharding, self._state)
+        jitted = jax.jit(step, donate_argnums=1, out_shardings=(shardings, replicated(self._mesh)))
+        with self._lowering:
+            lowered = jitted.lower(self._params, self._state, packed)
+        self.steps[layout, kind] = lowered.compile()
+
+    def _compile_write_slot(self) -> None:
+        def shaped(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(self._mesh))
+
+        entries = SlotEntries(*(shaped((SLOT_WRITE_LEN,), dtype) for dtype in ENTRY_TYPES))
+        jitted = jax.jit(write_slot, donate_argnums=0, out_shardings=replicated(self._mesh))
+        with self._lowering:
+            lowered = jitted.lower(self._state.slots, shaped((), jnp.int32), shaped((), bool), entries)
+        self.write_slot = lowered.compile()
+
+
+class _CacheHits(threading.local):
+    """How many programs the current thread read from the persistent compilation cache."""
+
+    count = 0
+
+
+_cache_hits = _CacheHits()
+
+
+def _count_cache_hit(event: str, **_: str | int) -> None:
+    if event == _CACHE_HIT:
+        _cache_hits.count += 1
+
+
+jax.monitoring.register_event_listener(_count_cache_hit)
+
+
+def _is_cache_hit(compile_one: Callable[[], None]) -> bool:
+    """Compile a program in this thread; True if it came from the cache."""
+    before = _cache_hits.count
+    compile_one()
+    return _cache_hits.count > before
+
+
+def run_step(
+    params: Params, state: DeviceState, packed: NDArray[np.int32], *, layout: StepLayout, kind: StepKind, config: EngineConfig
+) -> tuple[DeviceState, StepOutput]:
+    """One whole step on the device: forward pass, then a token for every row that wants one."""
+    step = layout.unpack(packed, lambda bits: jax.lax.bitcast_convert_type(bits, jnp.float32))
+    step = resolve_tokens(state.slots, step)
+    hidden, cache = forward(params, state.cache, step, config.model)
+    slots = state.slots if kind is StepKind.GREEDY else count_tokens(state.slots, step)
+    with jax.named_scope("sample"):
+        rows = jax.tree.map(lambda field: _pad_rows(field), (hidden[step.sample_at], Knobs.of(step)))
+        chosen = map_rows(lambda x, knobs: _choose(params, slots, x, knobs, kind=kind, config=config), step.counts[1], *rows)
+        token_ids, is_finite, logprobs = jax.tree.map(lambda field: field[: layout.num_seqs], chosen)
+    scores = None
+    if kind is StepKind.SCORE:
+        with jax.named_scope("score"):
+            scores = map_slices(
+                lambda x, targets: logprobs_of(logits_of(params, x, config.model), targets, num_top(config)),
+                step.counts[0],
+                hidden,
+                step.targets,
+                slice_len=SCORE_ROWS,
+            )
+    return DeviceState(cache, remember_tokens(slots, step, token_ids)), StepOutput(token_ids, is_finite, logprobs, scores)
+
+
+def num_top(config: EngineConfig) -> int:
+    """How many of the likeliest tokens are reported."""
+    return min(max(config.max_logprobs, 1), config.model.vocab_size)
+
+
+def _choose(params: Params, slots: SlotState, x: Any, knobs: Knobs, *, kind: StepKind, config: EngineConfig) -> tuple[Any, Any, Any]:
+    logits = logits_of(params, x, config.model)
+    is_finite = jnp.all(jnp.isfinite(logits), axis=-1)
+    if kind is StepKind.GREEDY:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32), is_finite, None
+    token_ids, is_sound = choose_tokens(logits, slots, knobs)
+    return token_ids, is_finite & is_sound, logprobs_of(logits, token_ids, num_top(config))
+
+
+def _pad_rows(field: Any) -> Any:
+    """Up to whole tiles."""
+    return jnp.pad(field, [(0, -field.shape[0] % TILE)] + [(0, 0)] * (field.ndim - 1))
