@@ -13,10 +13,10 @@ import msgspec
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
-from engine.types import EngineInfo
+from server.admission import Permit
 from server.answer import INLINE_LOGPROBS, CompletionAnswer
 from server.errors import translated
-from server.preprocess import CompletionPlan, build_requests, check_completion, read_completion
+from server.preprocess import CompletionPlan, build_requests, check_completion, read_completion, worst_case_tokens
 from server.schemas.common import json_answer, json_request
 from server.schemas.completions import Completion, CompletionRequest
 from server.services import FromApp
@@ -32,7 +32,7 @@ class Admitted:
     """A checked request that holds its place until the answer is out."""
 
     plan: CompletionPlan
-    info: EngineInfo
+    permit: Permit
     arrival_s: float
     headers: dict[str, str]
 
@@ -43,9 +43,10 @@ async def admitted(request: Request, services: FromApp) -> AsyncIterator[Admitte
     info = services.admission.check_open()
     body = await read_completion(await request.body(), limits=services.limits)
     plan = check_completion(body, limits=services.limits, info=info, model_name=services.model_name, eos_token=services.model.eos_token)
-    with services.admission.permit(plan.num_sequences):
+    num_tokens = plan.min_worst_case_tokens(max_model_len=info.max_model_len)
+    with services.admission.permit(plan.num_sequences, num_tokens=num_tokens, tenant=plan.tenant) as permit:
         headers = ignored_fields_header(body.unknown_fields, limit=services.limits.max_ignored_fields)
-        yield Admitted(plan=plan, info=info, arrival_s=arrival_s, headers=headers)
+        yield Admitted(plan=plan, permit=permit, arrival_s=arrival_s, headers=headers)
 
 
 @router.post("/v1/completions", openapi_extra=json_request(CompletionRequest), responses=json_answer(Completion))
@@ -56,11 +57,12 @@ async def create_completion(request: Request, services: FromApp, admission: Anno
         admission.plan,
         tokenizer=services.tokenizer,
         bos_token=services.model.bos_token,
-        info=admission.info,
+        info=admission.permit.info,
         limits=services.limits,
         request_id=request_id,
         arrival_s=admission.arrival_s,
     )
+    admission.permit.raise_to(worst_case_tokens(requests))
     answer = CompletionAnswer(admission.plan, requests, services=services, request_id=request_id)
     if admission.plan.stream:
         return CompletionStream(
