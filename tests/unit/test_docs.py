@@ -14,6 +14,7 @@ from server.observability import Metrics
 from server.schemas.common import MAX_PRIORITY
 from server.schemas.completions import CompletionRequest
 from server.settings import Settings
+from server.watchdog import START_SILENCE_S, STEPS_PER_TIMEOUT
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
@@ -60,6 +61,26 @@ def test_every_setting_in_the_operations_guide_exists():
     named = {name for row in rows(OPERATIONS, "Settings") for name in re.findall(r"`(\w+)`", row[1])}
 
     assert named <= set(Settings.model_fields)
+
+
+def test_the_operations_guide_gives_times_as_they_are():
+    defaults = {name: field.default for name, field in Settings.model_fields.items()}
+
+    assert f"`engine_stall_timeout` of silence ({defaults['engine_stall_timeout']:g} s;" in OPERATIONS
+    assert f"{STEPS_PER_TIMEOUT} times its largest step" in OPERATIONS
+    assert f"takes {START_SILENCE_S:g} s of total silence" in OPERATIONS
+    assert f"`engine_start_timeout` ({defaults['engine_start_timeout'] / 60:g} min)" in OPERATIONS
+    assert f"`shutdown_notice` ({defaults['shutdown_notice']:g} s)" in OPERATIONS
+    assert f"`shutdown_timeout` ({defaults['shutdown_timeout']:g} s)" in OPERATIONS
+
+
+def test_the_documents_give_the_bounds_of_the_whole_server_as_they_are():
+    limits = Limits()
+
+    assert f"{limits.max_queued_sequences} sequences waiting" in API
+    assert f"as many as the cache holds and {limits.max_queued_tokens:,} more" in API
+    assert limits.max_queued_tokens == limits.max_queued_sequences * 8192  # "what the default queue holds at Grok-1's whole context"
+    assert (limits.max_tenant_sequences, limits.max_tenant_tokens) == (None, None)  # "off unless set"
 
 
 def test_every_metric_in_the_operations_guide_exists():
