@@ -6,6 +6,7 @@ of its own, and it must end once, for a reason that is there.
 """
 
 import math
+from collections.abc import Mapping
 from collections.abc import Sequence as List
 
 from scripted_runner import ScriptedRunner, check_conservation, expected
@@ -20,9 +21,11 @@ from engine.types import FinishReason, GenerationRequest, TokenDelta
 class EngineChecks:
     """Told of every message and every turn of one engine."""
 
-    def __init__(self, core: EngineCore, runner: ScriptedRunner) -> None:
+    def __init__(self, core: EngineCore, runner: ScriptedRunner, *, gone_s: Mapping[str, float], patience_s: float) -> None:
         self._core = core
         self._runner = runner
+        self._gone_s = gone_s  # when the clients got the ends of their requests
+        self._patience_s = patience_s  # within which an engine has heard of it
         self._open: dict[str, GenerationRequest] = {}  # submitted, and neither ended nor aborted
         self._before: tuple[bool, int, list[tuple[Sequence, int]]] = (False, 0, [])
         self._num_idle_turns = 0
@@ -40,6 +43,8 @@ class EngineChecks:
         check_books(self._core)
 
     def before_turn(self) -> None:
+        latest_s = self._core.clock() - self._patience_s - 1e-9
+        assert all(self._gone_s.get(request_id, math.inf) > latest_s for request_id in self._open), "work for a client who is gone"
         ranked = [each for each in (*self._core.scheduler.running, *self._core.scheduler.waiting) if each.rank is not None]
         oldest = [min(ranked, key=lambda sequence: sequence.rank or 0)] if ranked else []
         self._before = self._core.has_work, len(self._runner.batches), [(each, each.num_preemptions) for each in oldest]

@@ -22,6 +22,8 @@ from engine.messages import Abort, Configure, FromEngine, FromServer, Ready, Rep
 from engine.transport import LoopbackChannel
 from engine.types import Progress
 
+MAX_TURN = 2.0  # the longest turn, in average steps
+
 
 class EngineKilled(Exception):
     """A request ended the engine that computed it."""
@@ -72,6 +74,7 @@ class SimulatedEngine:
         loop: VirtualLoop,
         rng: Random,
         kills_at: dict[str, int],
+        gone_s: dict[str, float],
         on_death: Callable[[str], None],
     ) -> None:
         self.is_dead = False
@@ -83,6 +86,7 @@ class SimulatedEngine:
         self._loop = loop
         self._rng = rng
         self._kills_at = kills_at
+        self._gone_s = gone_s
         self._on_death = on_death
         self._inbox: list[FromServer] = []
         self._outbox: list[FromEngine] = []
@@ -124,7 +128,8 @@ class SimulatedEngine:
         self.runner = KillableRunner(config, self._kills_at)
         self.core = EngineCore(config, self.runner, info_of(config), clock=self._loop.time)
         self._engine_loop = EngineLoop(self.core, send=self._outbox.append, clock=self._loop.time)
-        self.checks = EngineChecks(self.core, self.runner)
+        patience_s = self._scenario.latency_s + MAX_TURN * self._scenario.step_s
+        self.checks = EngineChecks(self.core, self.runner, gone_s=self._gone_s, patience_s=patience_s)
         self.channel.send(encode(Ready(self.core.info)))
         self._begin_turn()
 
@@ -155,7 +160,7 @@ class SimulatedEngine:
         self.checks.after_turn(self._outbox)
         is_idle = len(self.runner.batches) == num_batches
         self.num_steps += not is_idle
-        self._loop.call_later(self._rng.random() * 2 * self._scenario.step_s * (0.1 if is_idle else 1.0), self._end_turn)
+        self._loop.call_later(self._rng.random() * MAX_TURN * self._scenario.step_s * (0.1 if is_idle else 1.0), self._end_turn)
 
     def _end_turn(self) -> None:
         if self.is_dead or self.is_hanging:

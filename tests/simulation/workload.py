@@ -55,8 +55,8 @@ def scenario_of(rng: Random) -> Scenario:
     block_size = rng.choice((2, 3, 4))
     max_model_len = rng.randrange(24, 41)
     needed = -(-max_model_len // block_size)
-    num_blocks = rng.choice((needed, needed + 2, needed * 3 // 2, needed * 2, needed * 4))
-    max_num_seqs = rng.choice((1, 2, 3, 4, 5))
+    num_blocks = rng.choice((needed, needed + 1, needed * 3 // 2, needed * 2, needed * 4))
+    max_num_seqs = rng.choice((1, 2, 3, 4, 6))
     texts = tuple(tuple(rng.randrange(3, 12) for _ in range(rng.randrange(8, 22))) for _ in range(3))
     step_s = rng.choice((0.002, 0.01))
     return Scenario(
@@ -72,11 +72,11 @@ def scenario_of(rng: Random) -> Scenario:
         latency_s=rng.choice((0.0, step_s, 5 * step_s)),
         arrival_gap_s=step_s * rng.choice((3, 8, 20)),
         max_open=rng.choice((3, 6, 6, 12)),
-        kill_gap_s=rng.choice((None, step_s * 50, step_s * 150)),
-        restart_s=step_s * rng.choice((5, 60)),
+        kill_gap_s=rng.choice((None, None, step_s * 25, step_s * 60, step_s * 150)),
+        restart_s=step_s * rng.choice((5, 60, 300)),
         abort_share=rng.choice((0.0, 0.1, 0.3)),
-        deadline_share=rng.choice((0.0, 0.0, 0.2)),
-        poison_share=rng.choice((0.0, 0.0, 0.04)),
+        deadline_share=rng.choice((0.0, 0.1, 0.3)),
+        poison_share=rng.choice((0.0, 0.0, 0.05)),
         scored_share=rng.choice((0.0, 0.25)),
         is_stopped_early=rng.random() < 0.1,
     )
@@ -96,7 +96,7 @@ class Workload:
         prompt, sampling = self._prompt(), self._sampling()
         tenant, salt, priority = rng.choice(TENANTS), rng.choice(SALTS), rng.choice((0, 0, 0, 1, -1))
         deadline_s = now_s + scenario.step_s * rng.randrange(1, 120) if rng.random() < scenario.deadline_share else None
-        max_tokens = rng.choice((0, 1, 4, 9, 12, 20))
+        max_tokens = rng.choice((0, 1, 6, 12, 20, 30))
         is_refused = rng.random() < 0.02
         most = scenario.limit - len(prompt)
         max_tokens = most + rng.randrange(1, 5) if is_refused else min(max_tokens, most)
