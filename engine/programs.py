@@ -222,5 +222,6 @@ def _choose(params: Params, slots: SlotState, x: Any, knobs: Knobs, *, kind: Ste
 
 
 def _pad_rows(field: Any) -> Any:
-    """Up to whole tiles."""
-    return jnp.pad(field, [(0, -field.shape[0] % TILE)] + [(0, 0)] * (field.ndim - 1))
+    """Up to whole tiles, at least two: XLA drops the loop over a single one, and then rounds differently and sorts for the top entries."""
+    num_rows = max(2 * TILE, field.shape[0] + -field.shape[0] % TILE)
+    return jnp.pad(field, [(0, num_rows - field.shape[0])] + [(0, 0)] * (field.ndim - 1))
