@@ -603,6 +603,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert item.start + item.num_tokens == item.sequence.num_computed_tokens
             assert not (item.sequence.needs_host and pending[item.sequence])
             assert item.start + item.num_tokens < item.sequence.max_len + (not item.sequence.request.sampling.max_tokens)
+        assert not any(pending[sequence] for sequence in schedule.admitted), "let in before its token is known"
         self.check_writers(schedule)
         self.device.launch(schedule)
         self.check()
@@ -644,7 +645,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert pool.num_held == len(held)
         assert pool.num_cached <= pool.num_free
         assert len(set(owned)) == len(owned), "a block is written by two"
-        assert not any(sequence.block_ids or sequence.num_computed_tokens or sequence.slot is not None for sequence in waiting)
+        assert not any(sequence.block_ids or sequence.slot is not None for sequence in waiting)
+        assert not any(sequence.num_computed_tokens or sequence.num_shared_tokens for sequence in waiting)
         assert len({sequence.slot for sequence in running} - {None}) == len(running) <= scheduler.config.max_num_seqs
         assert len(running) + len(waiting) == len({*running, *waiting}) == len(self.open), "someone stands in two queues, or in none"
         assert len(waiting) == scheduler.num_waiting
