@@ -8,6 +8,8 @@ here and the reader is watching.
 The server takes silence for a hang, so something is said at least every `SIGN_OF_LIFE_S`: by the loop, which a hanging step keeps from it,
 and before readiness by a thread of its own, because one tensor or program may take minutes.
 
+A process that stands by gets `Prepare` first: it imports, and compiles where that takes no memory of a device, and waits for its time.
+
 The process ends in three ways: with its connection (status 0), because it cannot start for a reason that a restart does not cure (2, after
 `Failed` with the reason), or by an unexpected exception, traceback on stderr (1; the supervisor starts another). Ctrl-C in the terminal and
 a service manager's SIGTERM reach the whole process group and are ignored here: the server decides when to end.
@@ -26,11 +28,11 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from engine.config import EngineOptions
+from engine.config import EngineConfig, EngineOptions
 from engine.errors import EngineError, RequestError, TransportError
 from engine.messages import (
     Abort,
@@ -39,6 +41,7 @@ from engine.messages import (
     Failed,
     FromEngine,
     FromServer,
+    Prepare,
     Ready,
     Refused,
     Report,
@@ -48,6 +51,9 @@ from engine.messages import (
 )
 from engine.transport import BlockingChannel
 from engine.types import EngineInfo, EngineStats, GenerationRequest, Progress, TokenDelta
+
+if TYPE_CHECKING:  # it imports jax
+    from engine.programs import Programs
 
 SIGN_OF_LIFE_S = 0.5  # at most this long, and a step, without a message
 WORKSPACE_BYTES = 2 << 30  # of an accelerator: activations and what the programs themselves take
@@ -77,7 +83,16 @@ class Core(Protocol):
     def stats(self) -> EngineStats: ...
 
 
-Build = Callable[[EngineOptions, Callable[[Progress], None]], Core]
+class Builder(Protocol):
+    """What makes the core; `OnDevices` is the real one."""
+
+    def prepare(self, options: EngineOptions, *, backend: str) -> None:
+        """Do ahead what takes neither weights nor memory of the devices. Raises `EngineError` where `build` will."""
+        ...
+
+    def build(self, options: EngineOptions, report: Callable[[Progress], None]) -> Core:
+        """Raises `EngineError` where it cannot be built."""
+        ...
 
 
 class EngineLoop:
@@ -100,7 +115,7 @@ class EngineLoop:
                     self._send(Refused(request.request_id, str(error)))
             case Abort(request_id=request_id):
                 self._core.abort(request_id)
-            case Configure():
+            case Configure() | Prepare():
                 raise TransportError("the server configured an engine that is already running")
 
     def turn(self) -> None:
@@ -117,21 +132,25 @@ class EngineLoop:
         return is_last_before_pause or self._clock() - self._last_sent_s >= SIGN_OF_LIFE_S
 
 
-def run_engine(channel: BlockingChannel, *, build: Build, on_disconnect: Callable[[], None]) -> int:
-    """Build what the first message asks for and serve it until the connection ends; returns the exit status.
+def run_engine(channel: BlockingChannel, *, builder: Builder, on_disconnect: Callable[[], None]) -> int:
+    """Build what `Configure` asks for and serve it until the connection ends; returns the exit status.
 
     `on_disconnect` is called in the reader's thread at the end of the connection, whatever the main thread is doing then.
     """
     inbox: queue.SimpleQueue[FromServer | None] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(channel, inbox, on_disconnect), name="reader", daemon=True).start()
     configure = inbox.get()
+    if isinstance(configure, Prepare):
+        with suppress(EngineError):  # told when it is built
+            builder.prepare(configure.options, backend=configure.backend)
+        configure = inbox.get()
     if configure is None:
         return 0
     if not isinstance(configure, Configure):
-        raise TransportError(f"the first message must be Configure, found {type(configure).__name__}")
+        raise TransportError(f"Configure comes first, found {type(configure).__name__}")
     try:
         with _signs_of_life(channel):
-            core = build(configure.options, lambda progress: channel.send(encode(Report(progress))))
+            core = builder.build(configure.options, lambda progress: channel.send(encode(Report(progress))))
     except EngineError as error:
         channel.send(encode(Failed(str(error))))
         return START_FAILED
@@ -146,22 +165,37 @@ def run_engine(channel: BlockingChannel, *, build: Build, on_disconnect: Callabl
         loop.turn()
 
 
-def build_on_devices(options: EngineOptions, report: Callable[[Progress], None]) -> Core:
-    """The real engine. Imports jax, which takes seconds.
+class OnDevices:
+    """Builds the real engine. Imports jax, which takes seconds."""
 
-    Raises `EngineError` where it cannot be built.
-    """
-    _prepare_environment(options)
+    def __init__(self) -> None:
+        self._programs: Programs | None = None  # compiled ahead
+
+    def prepare(self, options: EngineOptions, *, backend: str) -> None:
+        """On a CPU everything is compiled. An accelerator is not touched: its memory is the running engine's."""
+        _prepare_environment(options)
+        from engine.build import compile_ahead
+
+        if backend == "cpu":
+            self._programs = compile_ahead(_resolve(options))
+
+    def build(self, options: EngineOptions, report: Callable[[Progress], None]) -> Core:
+        _prepare_environment(options)
+        from engine.build import build_engine
+
+        return build_engine(_resolve(options), report=report, programs=self._programs)
+
+
+def _resolve(options: EngineOptions) -> EngineConfig:
+    """The configuration for the devices that are here."""
     import jax
-
-    from engine.build import build_engine
 
     backend = jax.default_backend()
     if backend == "cpu":
         free_bytes = options.default_cpu_cache_bytes(memory_bytes=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     else:
         free_bytes = _free_bytes(options, jax.local_devices()[0].memory_stats() or {})
-    return build_engine(options.resolve(backend=backend, free_bytes=free_bytes), report=report)
+    return options.resolve(backend=backend, free_bytes=free_bytes)
 
 
 def _prepare_environment(options: EngineOptions) -> None:
@@ -243,7 +277,7 @@ def main() -> None:
     parser.add_argument("--fd", type=int, required=True, help="descriptor of the connected socket to the server")
     channel = BlockingChannel(socket.socket(fileno=parser.parse_args().fd))
     try:
-        status = run_engine(channel, build=build_on_devices, on_disconnect=lambda: os._exit(0))
+        status = run_engine(channel, builder=OnDevices(), on_disconnect=lambda: os._exit(0))
     except BaseException:
         traceback.print_exc()
         status = CRASHED

@@ -29,13 +29,14 @@ from engine.messages import (
     Configure,
     Deltas,
     Failed,
+    Prepare,
     Ready,
     Refused,
     Report,
     decode_from_engine,
     encode,
 )
-from engine.transport import Channel, open_channel
+from engine.transport import Channel, open_channel, to_frame
 from engine.types import EngineInfo, EngineStats, GenerationRequest, Progress, TokenDelta
 
 
@@ -256,6 +257,14 @@ def _with_totals(stats: EngineStats, past: EngineStats) -> EngineStats:
         num_hit_tokens=past.num_hit_tokens + stats.num_hit_tokens,
         num_late_compilations=past.num_late_compilations + stats.num_late_compilations,
     )
+
+
+def have_prepared(sock: socket.socket, options: EngineOptions, *, backend: str) -> None:
+    """Tell a new engine process to stand by for `options`; `RemoteEngineClient.connect_socket` lets it become the engine.
+
+    Raises `OSError` if it has ended already.
+    """
+    sock.sendall(to_frame(encode(Prepare(options, backend))))
 
 
 class _Mailbox:

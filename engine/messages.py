@@ -1,9 +1,10 @@
 """What server and engine process say to each other, as MessagePack with types.
 
-`Configure` is the first message of a connection; then the engine tells how its start goes (`Report`..., then `Ready` or `Failed`), and
-from there on generations travel as `Submit` and `Abort` one way and as `Deltas` and `Refused` the other way. The values inside are the
-frozen dataclasses of `engine/types.py` and `engine/config.py`; decoding checks every type, and no form of the bytes can run code.
-Cutting a byte stream into frames is `engine/transport.py`'s work.
+`Configure` is the first message of a connection, after `Prepare` where the process stands by for a while; then the engine tells how its
+start goes (`Report`..., then `Ready` or `Failed`), and from there on generations travel as `Submit` and `Abort` one way and as `Deltas` and
+`Refused` the other way. The values inside are the frozen dataclasses of `engine/types.py` and `engine/config.py`; decoding checks every
+type, and no form of the bytes can run code. Cutting a byte stream into frames is `engine/transport.py`'s
+work.
 """
 
 import msgspec
@@ -17,6 +18,13 @@ class Configure(msgspec.Struct, frozen=True, array_like=True, tag="configure"):
     """Server to engine, once and first: what to build."""
 
     options: EngineOptions
+
+
+class Prepare(msgspec.Struct, frozen=True, array_like=True, tag="prepare"):
+    """Server to engine, before `Configure`: stand by, with all done that needs neither weights nor memory of the devices."""
+
+    options: EngineOptions
+    backend: str  # what the engine that runs now computes on
 
 
 class Submit(msgspec.Struct, frozen=True, array_like=True, tag="submit"):
@@ -65,7 +73,7 @@ class Deltas(msgspec.Struct, frozen=True, array_like=True, tag="deltas"):
     stats: EngineStats
 
 
-FromServer = Configure | Submit | Abort
+FromServer = Prepare | Configure | Submit | Abort
 FromEngine = Report | Ready | Failed | Refused | Deltas
 
 _encoder = msgspec.msgpack.Encoder()

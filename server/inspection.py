@@ -18,7 +18,7 @@ from rich.table import Table
 
 from engine.errors import CheckpointError
 from server.console import readable_bytes
-from server.supervisor import child_environment
+from server.engine_process import child_environment
 
 COMMAND = (sys.executable, "-P", "-m", "engine.checkpoint", "inspect")
 WIDTH_OF_FILES = 200  # of the table, where it goes to a file or a pipe

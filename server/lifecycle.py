@@ -28,7 +28,7 @@ from engine.errors import ConfigError
 from engine.tokenizer import Tokenizer, find_tokenizer
 from server.console import Console
 from server.settings import Settings, engine_options
-from server.supervisor import ENGINE_COMMAND, Supervisor
+from server.supervisor import ENGINE_COMMAND, STANDBY_DELAY_S, Supervisor
 
 if TYPE_CHECKING:  # fastapi takes seconds to import
     from fastapi import FastAPI
@@ -120,6 +120,7 @@ class _Life:
             command=self._engine_command,
             stall_timeout_s=self._prepared.settings.engine_stall_timeout,
             start_timeout_s=self._prepared.settings.engine_start_timeout,
+            standby_delay_s=STANDBY_DELAY_S if self._prepared.settings.engine_standby else None,
         )
         loop = asyncio.get_running_loop()
         for signum in (signal.SIGINT, signal.SIGTERM):

@@ -79,6 +79,8 @@ class Settings(BaseSettings):
         1800.0, ge=1, allow_inf_nan=False, description="seconds without progress before an engine that loads or compiles is replaced"
     )
 
+    engine_standby: bool = Field(True, description="keep a process beside the engine that takes its place at once if it dies; costs memory")
+
     # the server
     host: str = Field("127.0.0.1", min_length=1, description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes any free one")

@@ -1,36 +1,35 @@
 """Keeps one engine process running and the client connected to it.
 
-The engine is a child with one end of a socket pair; nothing else connects the two, and each sees the other's death as the end of the
-connection. A death is answered with a new process, at once the first time and after growing pauses while deaths repeat; what becomes of
-the generations that ran in the dead one is the client's business. A process that its `Watchdog` finds hanging is killed, which makes a hang
-one more death. An engine that says why it cannot start (`Failed`) is not tried again.
+A death is answered with a new process, at once the first time and after growing pauses while deaths repeat; what becomes of the generations
+that ran in the dead one is the client's business. A process that its `Watchdog` finds hanging is killed, which makes a hang one more death.
+An engine that says why it cannot start (`Failed`) is not tried again.
 
-Runs on the server's event loop in its main thread, with whose end the kernel kills the engine; knows neither HTTP nor the terminal. What
-happens is told to a `Watcher`.
+Beside an engine that is ready another process stands by, with imports and on a CPU all compiling behind it, but no weights and no memory of
+a device: it becomes the next engine.
+
+Runs on the server's event loop; knows neither HTTP nor the terminal. What happens is told to a `Watcher`.
 """
 
 import asyncio
-import os
-import socket
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
+from contextlib import suppress
 from typing import Protocol
 
-from engine import config
-from engine.client import RemoteEngineClient
+from engine.client import RemoteEngineClient, have_prepared
 from engine.config import EngineOptions
 from engine.errors import EngineError
 from engine.types import EngineInfo, Progress
+from server.engine_process import EngineProcess
 from server.watchdog import Watchdog
 
 ENGINE_COMMAND = (sys.executable, "-P", "-m", "engine")  # -P: a folder called engine where we were started is not ours
-MAX_FAILED_STARTS = 3  # in a row
-STABLE_S = 60.0  # an engine that was ready this long has left earlier deaths behind
-LONGEST_PAUSE_S = 30.0
-STOP_GRACE_S = 5.0  # between the end of the connection and SIGKILL
+MAX_FAILED_STARTS = 3  # in a row, before the first engine is ready
+MAX_FAILED_RESTARTS = 10  # in a row, later: what waits is worth more patience
+STABLE_S = 3.0  # an engine that was ready this long has left earlier deaths behind
+LONGEST_PAUSE_S = 4.0
+STANDBY_DELAY_S = 2.0  # between readiness and the start of the standby: the first requests come first
 LOOKS_PER_TIMEOUT = 10  # at the engine
 
 
@@ -63,20 +62,42 @@ class Supervisor:
         command: Sequence[str] = ENGINE_COMMAND,
         stall_timeout_s: float = 10.0,
         start_timeout_s: float = 1800.0,
+        standby_delay_s: float | None = None,
     ) -> None:
+        """`standby_delay_s` is how long after readiness a standby is started; None: never."""
         self.client = RemoteEngineClient(on_progress=watcher.engine_progressed, on_ready=self._engine_ready)
         self._options = options
         self._watcher = watcher
         self._command = command
         self._stall_timeout_s = stall_timeout_s
         self._start_timeout_s = start_timeout_s
-        self._process: subprocess.Popen[bytes] | None = None
+        self._standby_delay_s = standby_delay_s
+        self._engine: EngineProcess | None = None
+        self._standby: EngineProcess | None = None
+        self._had_standby = False  # in the current engine's time
         self._ready_since_s: float | None = None
         self._stalled_s: float | None = None  # how long the last engine did nothing, where it was killed for that
         self._stopping = asyncio.Event()
 
     async def run(self) -> None:
         """Keep an engine running until `stop`. Raises `EngineStartError` when that is hopeless."""
+        try:
+            await self._keep_running()
+        finally:
+            await self._end_standby()
+
+    def stop(self) -> None:
+        """Let `run` come to its end: the connection closes, the process ends, and if it does not, it is killed."""
+        self._stopping.set()
+        self.client.disconnect()
+
+    def kill(self) -> None:
+        """End the processes now, whatever they do."""
+        for process in (self._engine, self._standby):
+            if process is not None:
+                process.kill()
+
+    async def _keep_running(self) -> None:
         num_failed_starts = num_quick_deaths = 0
         while not self._stopping.is_set():
             status = await self._run_one_engine()
@@ -88,54 +109,75 @@ class Supervisor:
             num_failed_starts = num_failed_starts + 1 if self._ready_since_s is None else 0
             num_quick_deaths = num_quick_deaths + 1 if ready_s < STABLE_S else 1
             cause = self._describe(status)
-            if num_failed_starts == MAX_FAILED_STARTS:
+            if num_failed_starts == (MAX_FAILED_STARTS if self.client.info is None else MAX_FAILED_RESTARTS):
                 raise EngineStartError(f"the engine {cause} {num_failed_starts} times in a row before it was ready", exit_status=1)
             pause_s = pause_before_restart(num_quick_deaths)
             self._watcher.engine_died(cause, pause_s=pause_s)
             await self._pause(pause_s)
 
-    def stop(self) -> None:
-        """Let `run` come to its end: the connection closes, the process ends, and if it does not, it is killed."""
-        self._stopping.set()
-        self.client.disconnect()
-
-    def kill(self) -> None:
-        """End the process now, whatever it does."""
-        if self._process is not None:
-            self._process.kill()
-
     async def _run_one_engine(self) -> int:
         """From the start of a process to its end; returns its exit status, negative for a signal."""
         self._ready_since_s = self._stalled_s = None
-        ours, theirs = socket.socketpair()  # no path on disk, and passed on to the child alone
-        with theirs:
-            process = self._process = _start(self._command, theirs.fileno())
-        watchdog: asyncio.Task[None] | None = None
+        self._had_standby = False
+        engine = self._engine = self._take_standby() or EngineProcess(self._command)
+        looking_after: asyncio.Task[None] | None = None
         try:
-            await self.client.connect_socket(ours, self._options)
+            await self.client.connect_socket(engine.socket, self._options)
             if self._stopping.is_set():
                 self.client.disconnect()
-            watchdog = asyncio.create_task(self._watch(process))
+            looking_after = asyncio.create_task(self._look_after(engine))
             await self.client.wait_disconnected()
         except asyncio.CancelledError:
-            process.kill()
+            engine.kill()
             raise
         finally:
-            if watchdog is not None:
-                watchdog.cancel()
-            status = await asyncio.shield(asyncio.to_thread(_reap, process))
+            if looking_after is not None:
+                looking_after.cancel()
+            status = await asyncio.shield(asyncio.to_thread(engine.reap))
         return status
 
-    async def _watch(self, process: "subprocess.Popen[bytes]") -> None:
-        """Kill an engine that hangs."""
+    async def _look_after(self, engine: EngineProcess) -> None:
+        """Kill the engine if it hangs; once it is ready, give it a standby."""
         look_s = min(self._stall_timeout_s, self._start_timeout_s) / LOOKS_PER_TIMEOUT
         watchdog = Watchdog(stall_timeout_s=self._stall_timeout_s, start_timeout_s=self._start_timeout_s, look_s=look_s)
+        client = self.client
         while self._stalled_s is None:
             await asyncio.sleep(look_s)
-            client = self.client
             step_s = client.info.step_s if client.is_ready and client.info is not None else None
             self._stalled_s = watchdog.look(num_frames=client.num_frames, progress=client.progress, step_s=step_s)
-        process.kill()
+            self._tend_standby()
+        engine.kill()
+
+    def _tend_standby(self) -> None:
+        """One is started per engine: if it ends by itself, another would, too."""
+        if self._standby is not None and self._standby.has_ended:
+            self._standby.socket.close()
+            self._standby = None
+        if self._had_standby or self._standby_delay_s is None or self._ready_since_s is None or self.client.info is None:
+            return
+        if time.monotonic() - self._ready_since_s >= self._standby_delay_s:
+            self._had_standby = True
+            self._standby = EngineProcess(self._command)
+            with suppress(OSError):  # seen as ended the next time
+                have_prepared(self._standby.socket, self._options, backend=self.client.info.backend)
+
+    def _take_standby(self) -> EngineProcess | None:
+        """The process that stands by, if there is one and it lives."""
+        standby, self._standby = self._standby, None
+        if standby is None:
+            return None
+        if standby.has_ended:
+            standby.socket.close()
+            return None
+        standby.wake()
+        return standby
+
+    async def _end_standby(self) -> None:
+        standby, self._standby = self._standby, None
+        if standby is not None:
+            standby.socket.close()
+            standby.wake()
+            await asyncio.shield(asyncio.to_thread(standby.reap))
 
     async def _pause(self, seconds: float) -> None:
         try:
@@ -157,28 +199,3 @@ class Supervisor:
 def pause_before_restart(num_quick_deaths: int) -> float:
     """Seconds: none after the first death, then 0.5 doubling up to `LONGEST_PAUSE_S`."""
     return 0.0 if num_quick_deaths < 2 else min(LONGEST_PAUSE_S, 0.5 * 2.0 ** min(num_quick_deaths - 2, 10))
-
-
-def _start(command: Sequence[str], descriptor: int) -> "subprocess.Popen[bytes]":
-    """The child's stdout is our stderr: stdout belongs to what the operator asked to see."""
-    return subprocess.Popen(
-        [*command, "--fd", str(descriptor)], pass_fds=(descriptor,), stdin=subprocess.DEVNULL, stdout=2, env=child_environment()
-    )
-
-
-def child_environment() -> dict[str, str]:
-    """Ours, plus the way to the same `engine` package where it runs from a checkout that is not installed."""
-    root = Path(config.__file__).parents[1]
-    if root.name in ("site-packages", "dist-packages"):
-        return dict(os.environ)
-    path = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(path)}
-
-
-def _reap(process: "subprocess.Popen[bytes]") -> int:
-    """Wait for a process whose connection has closed; blocks for the grace period at most."""
-    try:
-        return process.wait(timeout=STOP_GRACE_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        return process.wait()

@@ -57,20 +57,38 @@ def is_running(pid: int) -> bool:
         return False
 
 
+def ignores_sigterm(pid: int) -> bool:
+    """True from the moment on at which an engine process has begun to run its own code."""
+    (mask,) = re.findall(r"SigIgn:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+    return bool(int(mask, 16) >> (signal.SIGTERM - 1) & 1)
+
+
 def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+def engine_pids() -> list[int]:
+    """The engines among the children of the test's own process, in the order of their start."""
+    return [child for child in children(os.getpid()) if b"fake_engine_program" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
 def engine_pid() -> int:
-    """The one engine among the children of the test's own process."""
-    (pid,) = [child for child in children(os.getpid()) if b"fake_engine_program" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    (pid,) = engine_pids()
     return pid
 
 
-async def run_engine_with(check, *, arguments: tuple[str, ...] = (), stall_timeout_s: float = 30.0) -> Notes:
+async def run_engine_with(
+    check, *, arguments: tuple[str, ...] = (), stall_timeout_s: float = 30.0, standby_delay_s: float | None = None
+) -> Notes:
     """Supervise a fake engine, run `check(supervisor, notes)` once it is ready, stop."""
     notes = Notes()
-    supervisor = Supervisor(engine_options(), watcher=notes, command=(*ENGINE, *arguments), stall_timeout_s=stall_timeout_s)
+    supervisor = Supervisor(
+        engine_options(),
+        watcher=notes,
+        command=(*ENGINE, *arguments),
+        stall_timeout_s=stall_timeout_s,
+        standby_delay_s=standby_delay_s,
+    )
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(supervisor.run)
         await eventually(lambda: supervisor.client.is_ready)
@@ -167,6 +185,43 @@ async def test_an_engine_stopped_in_mid_work_is_replaced():
 
 
 @pytest.mark.anyio
+@pytest.mark.parametrize("stop", [None, signal.SIGSTOP])
+async def test_a_process_that_stands_by_becomes_the_next_engine_and_is_woken_if_it_was_stopped(stop):
+    async def check(supervisor: Supervisor, notes: Notes) -> None:
+        await eventually(lambda: len(engine_pids()) == 2)
+        first, standby = engine_pids()
+        if stop is not None:
+            os.kill(standby, stop)
+
+        os.kill(first, signal.SIGKILL)
+
+        await eventually(lambda: notes.num_ready == 2)
+        assert [delta async for delta in supervisor.client.generate(request("a"))]
+        assert engine_pids()[0] == standby
+        await eventually(lambda: len(engine_pids()) == 2)
+
+    notes = await run_engine_with(check, standby_delay_s=0.0, stall_timeout_s=5.0)
+
+    assert notes.deaths == ["was ended by signal 9"]
+    assert engine_pids() == []
+
+
+@pytest.mark.anyio
+async def test_without_the_process_that_stood_by_a_new_one_becomes_the_engine():
+    async def check(supervisor: Supervisor, notes: Notes) -> None:  # noqa: ARG001
+        await eventually(lambda: len(engine_pids()) == 2)
+        before = engine_pids()
+
+        for pid in reversed(before):
+            os.kill(pid, signal.SIGKILL)
+
+        await eventually(lambda: notes.num_ready == 2)
+        assert not set(engine_pids()) & set(before)
+
+    await run_engine_with(check, standby_delay_s=0.0, stall_timeout_s=5.0)
+
+
+@pytest.mark.anyio
 async def test_a_start_that_lives_but_makes_no_progress_is_given_up_in_the_end():
     notes = Notes()
     supervisor = Supervisor(engine_options(), watcher=notes, command=(*ENGINE, "--start", "slow"), start_timeout_s=1.0)
@@ -216,7 +271,7 @@ async def test_stopping_in_the_middle_of_a_start_ends_the_engine_at_once():
 def test_pauses_between_restarts_grow_to_a_bound():
     pauses = [pause_before_restart(count) for count in (1, 2, 3, 4, 100)]
 
-    assert pauses == [0.0, 0.5, 1.0, 2.0, 30.0]
+    assert pauses == [0.0, 0.5, 1.0, 2.0, 4.0]
 
 
 class Server:
@@ -228,7 +283,7 @@ class Server:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=os.environ | environment,
+            env=os.environ | {"GROK_SERVER_ENGINE_STANDBY": "false"} | environment,
             start_new_session=True,
         )
         self.output = ""
@@ -281,11 +336,15 @@ def running(*engine_arguments: str, **environment: str) -> Iterator[Server]:
         server.close()
 
 
-def wait_until_gone(pids: list[int], *, within_s: float) -> None:
+def wait_until(condition: Callable[[], bool], *, within_s: float) -> None:
     give_up = time.monotonic() + within_s
-    while any(map(is_running, pids)):
-        assert time.monotonic() < give_up, f"still running: {[pid for pid in pids if is_running(pid)]}"
+    while not condition():
+        assert time.monotonic() < give_up
         time.sleep(0.02)
+
+
+def wait_until_gone(pids: list[int], *, within_s: float) -> None:
+    wait_until(lambda: not any(map(is_running, pids)), within_s=within_s)
 
 
 def stream_lines(url: str, *, max_tokens: int) -> Iterator[str]:
@@ -341,6 +400,19 @@ def test_the_engine_is_gone_soon_after_its_server_was_killed():
         server.process.kill()
 
         assert len(pids) == 1
+        wait_until_gone(pids, within_s=2)
+
+
+def test_a_process_that_stands_by_is_gone_soon_after_its_server_was_killed():
+    with running(GROK_SERVER_ENGINE_STANDBY="true") as server:
+        server.wait_for("Ready on")
+        wait_until(lambda: len(children(server.process.pid)) == 2, within_s=15)
+        pids = children(server.process.pid)
+        wait_until(lambda: ignores_sigterm(pids[1]), within_s=15)
+        os.kill(pids[1], signal.SIGSTOP)
+
+        server.process.kill()
+
         wait_until_gone(pids, within_s=2)
 
 

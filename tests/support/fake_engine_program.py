@@ -18,6 +18,27 @@ from engine.transport import BlockingChannel
 from engine.types import Progress
 
 
+class FakeBuilder:
+    """Starts as it is told to; has nothing to prepare."""
+
+    def __init__(self, start: str, *, step_s: float) -> None:
+        self._start = start
+        self._step_s = step_s
+
+    def prepare(self, options: EngineOptions, *, backend: str) -> None:
+        pass
+
+    def build(self, options: EngineOptions, report: Callable[[Progress], None]) -> FakeCore:
+        report(Progress(phase="load", done=1, total=2, unit="bytes"))
+        if self._start == "fail":
+            raise CheckpointError("tensor00003_000: expected int8 of 8 x 64, found a shopping list")
+        if self._start == "crash":
+            raise RuntimeError("a bug in the start")
+        if self._start == "slow":
+            time.sleep(3600)
+        return FakeCore(options_info(options), step_s=self._step_s)
+
+
 def main() -> None:
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -28,19 +49,9 @@ def main() -> None:
     parser.add_argument("--step-s", type=float, default=0.005)
     arguments = parser.parse_args()
 
-    def build(options: EngineOptions, report: Callable[[Progress], None]) -> FakeCore:
-        report(Progress(phase="load", done=1, total=2, unit="bytes"))
-        if arguments.start == "fail":
-            raise CheckpointError("tensor00003_000: expected int8 of 8 x 64, found a shopping list")
-        if arguments.start == "crash":
-            raise RuntimeError("a bug in the start")
-        if arguments.start == "slow":
-            time.sleep(3600)
-        return FakeCore(options_info(options), step_s=arguments.step_s)
-
     channel = BlockingChannel(socket.socket(fileno=arguments.fd))
     try:
-        status = run_engine(channel, build=build, on_disconnect=lambda: os._exit(0))
+        status = run_engine(channel, builder=FakeBuilder(arguments.start, step_s=arguments.step_s), on_disconnect=lambda: os._exit(0))
     except Exception:
         traceback.print_exc()
         status = 1

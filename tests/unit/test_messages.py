@@ -8,6 +8,7 @@ from engine.messages import (
     Configure,
     Deltas,
     Failed,
+    Prepare,
     Ready,
     Refused,
     Report,
@@ -44,7 +45,7 @@ FULL_DELTA = TokenDelta(
 )
 
 
-@pytest.mark.parametrize("message", [Configure(engine_options()), Submit(FULL_REQUEST), Abort("cmpl-1")])
+@pytest.mark.parametrize("message", [Prepare(engine_options(), "cpu"), Configure(engine_options()), Submit(FULL_REQUEST), Abort("cmpl-1")])
 def test_what_the_server_says_arrives_as_it_was(message):
     assert decode_from_server(encode(message)) == message
 
