@@ -265,19 +265,15 @@ def kv_bytes_per_token(model: ModelConfig, dtype: DType) -> int:
 
 
 def choose_num_blocks(model: ModelConfig, scheduler: SchedulerConfig, *, block_size: int, dtype: DType, cache_bytes: int) -> int:
-    """As many blocks as `cache_bytes` hold, but no more than every sequence at full length can use.
-
-    Raises `ConfigError` where not even one sequence of `max_model_len` fits.
-    """
-    per_seq = blocks_per_sequence(scheduler, block_size)
+    """As many blocks as `cache_bytes` hold. Raises `ConfigError` where not even one sequence of `max_model_len` fits."""
     block_bytes = block_size * kv_bytes_per_token(model, dtype)
-    affordable = cache_bytes // block_bytes
-    if affordable < per_seq:
+    num_blocks = cache_bytes // block_bytes
+    if num_blocks < blocks_per_sequence(scheduler, block_size):
         raise ConfigError(
-            f"the KV cache of {cache_bytes:,} bytes holds {affordable * block_size:,} tokens, "
+            f"the KV cache of {cache_bytes:,} bytes holds {num_blocks * block_size:,} tokens, "
             f"but max_model_len is {scheduler.max_model_len:,}; lower --max-model-len or raise --kv-cache-memory-bytes"
         )
-    return min(affordable, per_seq * scheduler.max_num_seqs)
+    return num_blocks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -320,9 +316,15 @@ class EngineOptions:
         )
 
     def default_cpu_cache_bytes(self, *, memory_bytes: int) -> int:
-        """Size of an unset cache on a CPU with this much memory: one full sequence, at least 512 MiB, at most half the memory."""
+        """Size of an unset cache on a CPU with this much memory.
+
+        512 MiB, or less where that is more than twice what all sequences at full length can hold, the other half being for the prefix
+        cache; more where a single sequence needs it, up to half the memory.
+        """
         block_bytes = self.block_size * kv_bytes_per_token(self.model, self._dtype_on("cpu"))
-        return max(CPU_CACHE_BYTES, min(blocks_per_sequence(self.scheduler, self.block_size) * block_bytes, memory_bytes // 2))
+        sequence_bytes = blocks_per_sequence(self.scheduler, self.block_size) * block_bytes
+        useful_bytes = 2 * self.scheduler.max_num_seqs * sequence_bytes
+        return max(min(CPU_CACHE_BYTES, useful_bytes), min(sequence_bytes, memory_bytes // 2))
 
     def _dtype_on(self, backend: str) -> DType:
         return self.dtype if self.dtype != "auto" else "float32" if backend == "cpu" else "bfloat16"

@@ -20,6 +20,7 @@ pytestmark = [
 VOCAB_SIZE = 131_072
 NUM_PROMPTS, PROMPT_LEN = 64, 1000
 MAX_GROWTH_BYTES = 64 << 20
+LIMITS = ("--max-num-seqs", "16", "--kv-cache-memory-bytes", str(8 << 20))  # a cache that holds all prompts
 CONFIG = {
     "vocab_size": VOCAB_SIZE,
     "sequence_len": 1024,
@@ -44,7 +45,7 @@ def wide_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningSer
     (directory / "config.json").write_text(json.dumps(CONFIG))
     command = [sys.executable, ROOT / "scripts" / "write_checkpoint.py", "--config", directory / "config.json", "--out", directory / "model"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
-    with running_server(directory, "--model", str(directory / "model"), "--skip-tokenizer-init", "--max-num-seqs", "8") as server:
+    with running_server(directory, "--model", str(directory / "model"), "--skip-tokenizer-init", *LIMITS) as server:
         yield server
 
 

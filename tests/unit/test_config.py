@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from fake_core import TINY_MODEL
 
-from engine.config import EngineOptions, ModelConfig, SchedulerConfig, find_model_config, read_model_config
+from engine.config import EngineOptions, ModelConfig, SchedulerConfig, find_model_config, kv_bytes_per_token, read_model_config
 from engine.errors import ConfigError
 from engine.messages import Configure, decode_from_server, encode
 
@@ -152,5 +152,18 @@ def test_a_cpu_holds_one_full_sequence_of_a_plausible_model_unless_that_takes_ha
         options.resolve(backend="cpu", free_bytes=too_little)
 
 
-def test_a_small_model_gets_the_default_cache_on_any_cpu() -> None:
-    assert configured(TINY_MODEL).default_cpu_cache_bytes(memory_bytes=1 << 40) == 512 << 20
+def test_a_small_model_gets_twice_what_all_its_sequences_can_hold_and_512_mib_at_most() -> None:
+    options = configured(TINY_MODEL)
+    all_sequences_bytes = options.scheduler.max_num_seqs * TINY_MODEL.sequence_len * kv_bytes_per_token(TINY_MODEL, "float32")
+
+    assert options.default_cpu_cache_bytes(memory_bytes=1 << 40) == 2 * all_sequences_bytes
+    wider = configured(replace(TINY_MODEL, sequence_len=1 << 16))
+    assert wider.default_cpu_cache_bytes(memory_bytes=1 << 40) == 512 << 20
+
+
+def test_an_explicit_cache_size_is_used_to_its_last_block() -> None:
+    options = replace(configured(TINY_MODEL), cache_bytes=(64 << 20) + 1)
+
+    num_blocks = options.resolve(backend="cpu", free_bytes=0).cache.num_blocks
+
+    assert num_blocks == (64 << 20) // (16 * kv_bytes_per_token(TINY_MODEL, "float32"))
