@@ -27,6 +27,7 @@ class EngineChecks:
         self._gone_s = gone_s  # when the clients got the ends of their requests
         self._patience_s = patience_s  # within which an engine has heard of it
         self._open: dict[str, GenerationRequest] = {}  # submitted, and neither ended nor aborted
+        self._num_cached: dict[str, int] = {}  # as the first delta said
         self._before: tuple[bool, int, list[tuple[Sequence, int]]] = (False, 0, [])
         self._num_idle_turns = 0
 
@@ -78,9 +79,15 @@ class EngineChecks:
         assert not self._open, f"never ended: {list(self._open)}"
         assert (stats.num_running, stats.num_waiting, stats.num_blocks_used) == (0, 0, 0), f"an idle engine holds something: {stats}"
         assert not self._core.has_work
+        assert stats.num_hit_tokens <= stats.num_lookup_tokens
 
     def _said(self, delta: TokenDelta) -> None:
         assert delta.request_id in self._open, "a delta after the end, after an abort, or of nobody's request"
+        num_prompt = len(self._open[delta.request_id].prompt_token_ids)
+        assert 0 <= delta.num_cached_tokens <= num_prompt, "more tokens were cached than the prompt has"
+        if delta.token_ids or delta.prompt_logprobs:
+            first = self._num_cached.setdefault(delta.request_id, delta.num_cached_tokens)
+            assert delta.num_cached_tokens == first, "the number of cached tokens changed"
         if delta.finish_reason is not None:
             del self._open[delta.request_id]
 

@@ -90,6 +90,20 @@ BUGS: dict[str, tuple[Change, ...]] = {
     "a pending token is lost on preemption": (
         Change(EngineCore, "_commit", "if item.sequence.is_over:", "if item.sequence.is_over or item.sequence.slot is None:"),
     ),
+    "a sequence is not left to the host": (
+        Change(Scheduler, "_go_on", "(sequence.needs_host or start + 1 >= sequence.max_len)", "start + 1 >= sequence.max_len"),
+    ),
+    "a token after the last one is computed": (
+        Change(Scheduler, "_go_on", "(sequence.needs_host or start + 1 >= sequence.max_len)", "sequence.needs_host"),
+    ),
+    "cached tokens are counted at every admission": (
+        Change(
+            Scheduler,
+            "_start",
+            "self.running.append(sequence)",
+            "sequence.num_cached_tokens = min(sequence.num_computed_tokens, sequence.num_prompt_tokens)\n    self.running.append(sequence)",
+        ),
+    ),
     "a token that was thrown away is told": (
         Change(
             EngineCore,

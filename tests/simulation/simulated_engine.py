@@ -12,7 +12,7 @@ from random import Random
 from invariants import EngineChecks
 from scripted_runner import Launched, ScriptedRunner, info_of
 from virtual_loop import VirtualLoop
-from workload import Scenario
+from workload import Fates, Scenario
 
 from engine.__main__ import SIGN_OF_LIFE_S, EngineLoop
 from engine.batch import Batch
@@ -73,8 +73,7 @@ class SimulatedEngine:
         *,
         loop: VirtualLoop,
         rng: Random,
-        kills_at: dict[str, int],
-        gone_s: dict[str, float],
+        fates: Fates,
         on_death: Callable[[str], None],
     ) -> None:
         self.is_dead = False
@@ -85,8 +84,7 @@ class SimulatedEngine:
         self._scenario = scenario
         self._loop = loop
         self._rng = rng
-        self._kills_at = kills_at
-        self._gone_s = gone_s
+        self._fates = fates
         self._on_death = on_death
         self._inbox: list[FromServer] = []
         self._outbox: list[FromEngine] = []
@@ -125,11 +123,11 @@ class SimulatedEngine:
             return
         assert not self._inbox, "the server sends before the engine is ready"
         config = self._scenario.config
-        self.runner = KillableRunner(config, self._kills_at)
+        self.runner = KillableRunner(config, self._fates.kills_at)
         self.core = EngineCore(config, self.runner, info_of(config), clock=self._loop.time)
         self._engine_loop = EngineLoop(self.core, send=self._outbox.append, clock=self._loop.time)
         patience_s = self._scenario.latency_s + MAX_TURN * self._scenario.step_s
-        self.checks = EngineChecks(self.core, self.runner, gone_s=self._gone_s, patience_s=patience_s)
+        self.checks = EngineChecks(self.core, self.runner, gone_s=self._fates.gone_s, patience_s=patience_s)
         self.channel.send(encode(Ready(self.core.info)))
         self._begin_turn()
 
@@ -148,6 +146,7 @@ class SimulatedEngine:
             match message:
                 case Submit():
                     self.checks.submitted(message)
+                    self._mark(message.request.request_id)
                 case Abort():
                     self.checks.aborted(message)
         self.checks.before_turn()
@@ -161,6 +160,12 @@ class SimulatedEngine:
         is_idle = len(self.runner.batches) == num_batches
         self.num_steps += not is_idle
         self._loop.call_later(self._rng.random() * MAX_TURN * self._scenario.step_s * (0.1 if is_idle else 1.0), self._end_turn)
+
+    def _mark(self, request_id: str) -> None:
+        """No request of today needs the host between two tokens; the core is ready for those that will."""
+        sequence = self.core._sequences.get(request_id)
+        if sequence is not None and request_id in self._fates.needs_host:
+            sequence.needs_host = True
 
     def _end_turn(self) -> None:
         if self.is_dead or self.is_hanging:

@@ -3,7 +3,7 @@
 Prompts begin with pieces of a few long texts, so that they find each other's blocks, and everything is so small that pools overflow.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from random import Random
 
 from scripted_runner import NUM_TOP, POISON, VOCAB_SIZE, engine_config
@@ -48,7 +48,17 @@ class Plan:
     abort_after_deltas: int | None = None  # it has read enough: a stop string, say
     reading_s: float = 0.0  # what it needs for each delta
     kills_at: int | None = None  # computing this many tokens of it ends the engine
+    needs_host: bool = False  # between two tokens, as with a grammar
     is_refused: bool = False  # it can never fit
+
+
+@dataclass(slots=True)
+class Fates:
+    """What the world knows of its requests, by id, and the engines do not."""
+
+    kills_at: dict[str, int] = field(default_factory=dict[str, int])  # computing this many tokens ends the engine
+    needs_host: set[str] = field(default_factory=set[str])
+    gone_s: dict[str, float] = field(default_factory=dict[str, float])  # when the client got the end of it
 
 
 def scenario_of(rng: Random) -> Scenario:
@@ -167,6 +177,8 @@ class Workload:
                 behaviour["abort_after_deltas"] = rng.randrange(1, 6)
         if rng.random() < 0.1:
             behaviour["reading_s"] = rng.random() * scenario.step_s * 3
+        if rng.random() < 0.1:
+            behaviour["needs_host"] = True
         if rng.random() < scenario.poison_share and request.sampling.max_tokens:
             num_prompt = len(request.prompt_token_ids)
             behaviour["kills_at"] = num_prompt + rng.choice((0, 0, rng.randrange(request.sampling.max_tokens)))

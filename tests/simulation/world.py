@@ -13,7 +13,7 @@ from random import Random
 from invariants import EngineChecks, ListenerChecks
 from simulated_engine import SimulatedEngine, SlowChannel
 from virtual_loop import VirtualLoop
-from workload import Plan, Scenario, Workload, scenario_of
+from workload import Fates, Plan, Scenario, Workload, scenario_of
 
 from engine.client import RemoteEngineClient
 from engine.config import EngineOptions
@@ -128,8 +128,7 @@ class World:
         self._engine: SimulatedEngine | None = None
         self._engines: list[SimulatedEngine] = []
         self._open: dict[str, Listener] = {}
-        self._kills_at: dict[str, int] = {}
-        self._gone_s: dict[str, float] = {}  # when a request had its end
+        self._fates = Fates()
         self._tasks: list[asyncio.Task[None]] = []
         self._has_arrived = False  # everyone who will
         self._num_requests = self._num_aborts = self._num_kills = self._num_quarantines = self._num_convictions = self._num_events = 0
@@ -155,7 +154,7 @@ class World:
 
     def ended(self, listener: Listener) -> None:
         del self._open[listener.plan.request.request_id]
-        self._gone_s[listener.plan.request.request_id] = self.loop.now_s
+        self._fates.gone_s[listener.plan.request.request_id] = self.loop.now_s
         self._num_aborts += listener.outcome == "aborted"
         self._num_convictions += listener.outcome == "died" and not self.is_stopping
         self.note(f"{listener.plan.request.request_id} {listener.outcome} after {listener.checks.num_tokens} tokens")
@@ -177,7 +176,7 @@ class World:
 
     def _check_afterwards(self) -> None:
         """After all that, a question is answered as ever, and nobody holds anything."""
-        self._kills_at.clear()
+        self._fates.kills_at.clear()
         self._has_arrived = True
         self._start(Plan(request=self._workload.canary()))
         self._run_until(lambda: not self._open)
@@ -203,7 +202,9 @@ class World:
         request = plan.request
         self._num_requests += 1
         if plan.kills_at is not None:
-            self._kills_at[request.request_id] = plan.kills_at
+            self._fates.kills_at[request.request_id] = plan.kills_at
+        if plan.needs_host:
+            self._fates.needs_host.add(request.request_id)
         listener = self._open[request.request_id] = Listener(plan, self)
         task = self.loop.create_task(listener.listen())
         self._tasks.append(task)
@@ -228,8 +229,7 @@ class World:
                 theirs,
                 loop=self.loop,
                 rng=self.rng,
-                kills_at=self._kills_at,
-                gone_s=self._gone_s,
+                fates=self._fates,
                 on_death=lambda who: self._kill(f"{who} kills it"),
             )
             ours.handler, theirs.handler = self.client, engine

@@ -266,6 +266,7 @@ class ScriptedRunner:
         if end > len(slot.tokens):
             assert end == len(known) + 1, "more than one token is pending"
             assert item.num_tokens == 1, "a pending token is computed beside others"
+            assert not sequence.needs_host, "a sequence was not left to the host between two tokens"
             assert sequence.slot is not None
             slot.learn([self._last_tokens[sequence.slot]], salt=salt)
 
