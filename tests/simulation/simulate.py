@@ -28,6 +28,7 @@ COVERED = {
 }
 MIN_SEEDS = 100  # fewer say nothing about shares
 NUM_LINES = 40  # of a failed seed's history
+NUM_BETWEEN_LINES = 250  # seeds; where no progress bar can be drawn, as in a log
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +117,8 @@ def main() -> int:
                 return 1
             outcomes.append(outcome)
             progress.advance(task)
+            if not console.is_terminal and len(outcomes) % NUM_BETWEEN_LINES == 0:
+                print(f"{len(outcomes):,} of {options.seeds:,} seeds in {time.monotonic() - start_s:,.0f} s", flush=True)
     console.print(table_of(outcomes, seconds=time.monotonic() - start_s))
     for line in (missed := shortcomings(outcomes)):
         print(line)
