@@ -24,7 +24,7 @@ from engine.sequence import Sequence
 class _Entry:
     block: int
     parent: bytes  # key of the block before
-    tokens: bytes  # int32 [block size]
+    tokens: list[int]
     scores: BlockScores | None = None
 
 
@@ -46,13 +46,16 @@ class PrefixCache:
         For a sequence whose prompt is scored, a block counts only if it can give the scores that are still to be sent.
         """
         blocks: list[int] = []
+        parent = _root(sequence)
         for index in range(len(sequence.token_ids) // self.block_size):
-            tokens = self._tokens(sequence, index)
-            parent = self._parent(sequence, index)
-            entry = self._entries.get(self._key(sequence, index, parent, tokens))
-            if entry is None or entry.tokens != tokens or entry.parent != parent or not self._can_score(entry, sequence, index):
+            key = self._key(sequence, index)
+            entry = self._entries.get(key)
+            if entry is None or entry.parent != parent or entry.tokens != self._tokens(sequence, index):
+                break
+            if not self._can_score(entry, sequence, index):
                 break
             blocks.append(entry.block)
+            parent = key
         return blocks
 
     def scores(self, sequence: Sequence, num_blocks: int) -> tuple[BlockScores, ...]:
@@ -73,13 +76,12 @@ class PrefixCache:
         """
         num_full = min(sequence.num_computed_tokens, len(sequence.token_ids)) // self.block_size
         for index in range(start // self.block_size, num_full):
-            tokens = self._tokens(sequence, index)
-            parent = self._parent(sequence, index)
-            key = self._key(sequence, index, parent, tokens)
+            key = self._key(sequence, index)
             if key not in self._entries:
                 block = sequence.block_ids[index]
                 self._pool.keep(block)
-                self._entries[key] = _Entry(block=block, parent=parent, tokens=tokens)
+                parent = sequence.block_keys[index - 1] if index else _root(sequence)
+                self._entries[key] = _Entry(block=block, parent=parent, tokens=self._tokens(sequence, index))
                 self._keys[block] = key
 
     def keep_scores(self, key: bytes, scores: BlockScores) -> None:
@@ -97,18 +99,16 @@ class PrefixCache:
     def _remove(self, block: int) -> None:
         del self._entries[self._keys.pop(block)]
 
-    def _tokens(self, sequence: Sequence, index: int) -> bytes:
-        first = index * self.block_size
-        return array("i", sequence.token_ids[first : first + self.block_size]).tobytes()
+    def _tokens(self, sequence: Sequence, index: int) -> list[int]:
+        return sequence.token_ids[index * self.block_size : (index + 1) * self.block_size]
 
-    def _parent(self, sequence: Sequence, index: int) -> bytes:
-        return sequence.block_keys[index - 1] if index else _root(sequence.request.cache_salt)
-
-    def _key(self, sequence: Sequence, index: int, parent: bytes, tokens: bytes) -> bytes:
+    def _key(self, sequence: Sequence, index: int) -> bytes:
         """Computed once per block of a sequence; blocks are asked for in order."""
-        if index == len(sequence.block_keys):
-            sequence.block_keys.append(sha256(parent + tokens).digest())
-        return sequence.block_keys[index]
+        keys = sequence.block_keys
+        if index == len(keys):
+            parent = keys[-1] if keys else _root(sequence)
+            keys.append(sha256(parent + array("i", self._tokens(sequence, index)).tobytes()).digest())
+        return keys[index]
 
     def _unsent(self, sequence: Sequence, index: int) -> range:
         """Positions of a block whose scores are still to be sent."""
@@ -126,6 +126,7 @@ class PrefixCache:
         return targets.tolist() == sequence.token_ids[unsent.start + 1 : unsent.stop + 1]
 
 
-def _root(salt: str) -> bytes:
-    data = salt.encode()
-    return sha256(len(data).to_bytes(8, "little") + data).digest()
+def _root(sequence: Sequence) -> bytes:
+    """What stands for the block before the first one."""
+    salt = sequence.request.cache_salt.encode()
+    return sha256(len(salt).to_bytes(8, "little") + salt).digest()
