@@ -32,7 +32,7 @@ MAX_PREEMPTIONS = 3  # of one sequence
 class ScheduledTokens(NamedTuple):
     """`num_tokens` tokens of one sequence. It says all that the step's result is read by, because the sequence itself moves on.
 
-    A tuple, not a dataclass: hundreds are made in every step, at a quarter of the cost.
+    A tuple, not a dataclass: hundreds are made in every step, at a third of the cost.
     """
 
     sequence: Sequence
