@@ -143,6 +143,7 @@ def run_engine(channel: BlockingChannel, *, builder: Builder, on_disconnect: Cal
     if isinstance(configure, Prepare):
         with suppress(EngineError):  # told when it is built
             builder.prepare(configure.options, backend=configure.backend)
+        _settle_memory()
         configure = inbox.get()
     if configure is None:
         return 0
@@ -253,9 +254,12 @@ def _arrived(inbox: "queue.SimpleQueue[FromServer | None]", *, wait_s: float) ->
 
 
 def _settle_memory() -> None:
-    """Take what the start left behind out of the garbage collector's sight: a full pass over it would stall a step for long."""
+    """Give back what only the start needed, and take the rest out of the garbage collector's sight: a pass over it would stall a step."""
     gc.collect()
     gc.freeze()
+    if sys.platform == "linux":
+        with suppress(AttributeError):  # not every C library has it
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def die_with_parent() -> None:

@@ -86,7 +86,7 @@ def _parameters() -> Iterator[python_inspect.Parameter]:
         if field.default is not None and not is_switch:
             help_text += f" (default: {field.default})"
         option = typer.Option(
-            flag_name(name),
+            f"{flag_name(name)}/--no-{flag_name(name)[2:]}" if field.default is True else flag_name(name),
             help=help_text,
             metavar=None if is_switch else _metavar(field.annotation),
             show_default=False,

@@ -5,6 +5,7 @@ On a terminal: progress bars and a table; elsewhere plain lines, few enough for 
 """
 
 import json
+import math
 import os
 import shlex
 import time
@@ -50,23 +51,18 @@ class Console:
         self._has_tokenizer = has_tokenizer
         self._bars: Bars | None = None
         self._bar_of_phase: dict[str, TaskID] = {}
-        self._last_line: tuple[str, float] = ("", 0.0)  # phase and time of the last plain progress line
+        self._last_line_s: dict[str, float] = {}  # when each phase had its last plain progress line
         self._was_ready = False
 
     def starting(self) -> None:
         self._line(f"Starting {self._model_name} on {self._url}")
 
     def engine_progressed(self, progress: Progress) -> None:
-        """A bar per phase on a terminal; else a line at the start and end of a phase and every few seconds."""
+        """A line per program. Of the rest, a bar per phase on a terminal; else a line at its start and end and every few seconds."""
         if self._terminal.is_terminal:
             self._move_bar(progress)
-            return
-        phase, at_s = self._last_line
-        now_s = time.monotonic()
-        if phase == progress.phase and progress.done < progress.total and now_s - at_s < SECONDS_BETWEEN_LINES:
-            return
-        self._last_line = (progress.phase, now_s)
-        self._line(f"{progress.phase}: {_amount(progress)} {progress.detail}".rstrip())
+        if progress.unit == "programs" or (not self._terminal.is_terminal and self._is_time_for_line(progress)):
+            self._line(f"{progress.phase}: {_amount(progress)} {progress.detail}".rstrip())
 
     def engine_ready(self, info: EngineInfo) -> None:
         """The first time, everything a newcomer needs; later, a log line."""
@@ -76,7 +72,7 @@ class Console:
             return
         self._was_ready = True
         self._terminal.print(_facts(self._model_name, info))
-        self._line(f"Ready on {self._url} after loading for {info.load_s:.1f} s and compiling for {info.compile_s:.1f} s. Try:")
+        self._line(f"Ready on {self._url} after loading for {info.load_s:.1f} s and, meanwhile, compiling for {info.compile_s:.1f} s. Try:")
         self._line(f"\n  {curl(self._url, self._model_name, has_tokenizer=self._has_tokenizer)}\n")
 
     def engine_died(self, cause: str, *, pause_s: float) -> None:
@@ -94,6 +90,14 @@ class Console:
             self._bars.stop()
             self._bars = None
             self._bar_of_phase.clear()
+
+    def _is_time_for_line(self, progress: Progress) -> bool:
+        now_s = time.monotonic()
+        is_soon = now_s - self._last_line_s.get(progress.phase, -math.inf) < SECONDS_BETWEEN_LINES
+        if is_soon and progress.done < progress.total:
+            return False
+        self._last_line_s[progress.phase] = now_s
+        return True
 
     def _move_bar(self, progress: Progress) -> None:
         if self._bars is None:
@@ -138,7 +142,8 @@ def _amount(progress: Progress) -> str:
 def _facts(model_name: str, info: EngineInfo) -> Table:
     table = Table(show_header=False)
     table.add_row("model", f"{model_name}: {info.num_params:,} parameters, {readable_bytes(info.weight_bytes)} of weights")
-    table.add_row("computes in", f"{info.dtype} on {info.num_devices} x {info.backend}, {info.num_programs} programs")
+    compiled = f"{info.num_programs} programs, {info.num_cached_programs} of them compiled before"
+    table.add_row("computes in", f"{info.dtype} on {info.num_devices} x {info.backend}; {compiled}")
     table.add_row("KV cache", f"{info.num_blocks:,} blocks of {info.block_size}: {info.num_blocks * info.block_size:,} tokens")
     table.add_row("one sequence", f"{info.max_model_len:,} tokens, prompt and output")
     table.add_row("at once", f"{info.max_num_seqs:,} sequences, {info.max_num_batched_tokens:,} tokens a step")

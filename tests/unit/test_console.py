@@ -3,8 +3,13 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
+from fake_core import engine_options, options_info
+
+from engine.types import Progress
+from server.console import Console
 
 PROGRAM = """
 import sys
@@ -70,3 +75,29 @@ def test_a_stdout_that_cannot_be_written_does_not_end_the_server(program, enviro
         )
 
     assert (child.returncode, child.stderr) == (0, "still here\n")
+
+
+def test_every_program_has_a_line_and_the_weights_a_few(capsys):
+    console = Console(url="http://127.0.0.1:1", model_name="m", has_tokenizer=True)
+
+    for done in range(1, 5):
+        console.engine_progressed(Progress(phase="load", done=done, total=4, unit="bytes", detail=f"tensor {done}"))
+        detail = f"step {done}: {'from the cache' if done % 2 else 'compiled'}"
+        console.engine_progressed(Progress(phase="compile", done=done, total=4, unit="programs", detail=detail))
+
+    assert capsys.readouterr().out.splitlines() == [
+        "load: 1 B of 4 B tensor 1",
+        "compile: 1 of 4 programs step 1: from the cache",
+        "compile: 2 of 4 programs step 2: compiled",
+        "compile: 3 of 4 programs step 3: from the cache",
+        "load: 4 B of 4 B tensor 4",
+        "compile: 4 of 4 programs step 4: compiled",
+    ]
+
+
+def test_a_ready_engine_says_how_many_of_its_programs_were_compiled_before(capsys):
+    console = Console(url="http://127.0.0.1:1", model_name="m", has_tokenizer=True)
+
+    console.engine_ready(replace(options_info(engine_options()), num_programs=7, num_cached_programs=5))
+
+    assert "7 programs, 5 of them compiled before" in capsys.readouterr().out
