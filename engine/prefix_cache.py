@@ -46,7 +46,7 @@ class PrefixCache:
         For a sequence whose prompt is scored, a block counts only if it can give the scores that are still to be sent.
         """
         blocks: list[int] = []
-        parent = _root(sequence)
+        parent = _root(sequence.request.cache_salt)
         for index in range(len(sequence.token_ids) // self.block_size):
             key = self._key(sequence, index)
             entry = self._entries.get(key)
@@ -80,7 +80,7 @@ class PrefixCache:
             if key not in self._entries:
                 block = sequence.block_ids[index]
                 self._pool.keep(block)
-                parent = sequence.block_keys[index - 1] if index else _root(sequence)
+                parent = sequence.block_keys[index - 1] if index else _root(sequence.request.cache_salt)
                 self._entries[key] = _Entry(block=block, parent=parent, tokens=self._tokens(sequence, index))
                 self._keys[block] = key
 
@@ -106,8 +106,9 @@ class PrefixCache:
         """Computed once per block of a sequence; blocks are asked for in order."""
         keys = sequence.block_keys
         if index == len(keys):
-            parent = keys[-1] if keys else _root(sequence)
-            keys.append(sha256(parent + array("i", self._tokens(sequence, index)).tobytes()).digest())
+            parent = keys[-1] if keys else _root(sequence.request.cache_salt)
+            tokens = array("i", self._tokens(sequence, index)).tobytes()
+            keys.append(sha256(parent + tokens).digest())
         return keys[index]
 
     def _unsent(self, sequence: Sequence, index: int) -> range:
@@ -126,7 +127,7 @@ class PrefixCache:
         return targets.tolist() == sequence.token_ids[unsent.start + 1 : unsent.stop + 1]
 
 
-def _root(sequence: Sequence) -> bytes:
+def _root(salt: str) -> bytes:
     """What stands for the block before the first one."""
-    salt = sequence.request.cache_salt.encode()
-    return sha256(len(salt).to_bytes(8, "little") + salt).digest()
+    data = salt.encode()
+    return sha256(len(data).to_bytes(8, "little") + data).digest()
