@@ -183,6 +183,7 @@ class Slot:
     tokens: list[int] = field(default_factory=list[int])  # all that were computed, the device's own included
     hashes: list[int] = field(default_factory=list[int])  # of the context up to each of them
     entries: list[int] = field(default_factory=list[int])  # what stands in the cache for each of them
+    next_position: int | None = None  # after the last step
 
     def learn(self, tokens: Iterable[int], *, salt: int) -> None:
         for token in tokens:
@@ -259,6 +260,9 @@ class ScriptedRunner:
         """Bring what the device knows of a row's tokens up to the end of this step."""
         sequence, known = item.sequence, item.sequence.token_ids
         end, num_learned = item.start + item.num_tokens, len(slot.tokens)
+        first = min(sequence.num_shared_tokens, len(known) - 1) if slot.next_position is None else slot.next_position
+        assert item.start == first, "a token is computed twice or left out"
+        slot.next_position = end
         salt = salt_number(sequence.request.cache_salt)
         assert item.num_tokens > 0, "a row has no tokens"
         assert slot.tokens == known[:num_learned], "the host entered other tokens than the device chose"
@@ -507,7 +511,7 @@ def check_conservation(core: EngineCore) -> None:
     held: list[int] = []
     written: list[int] = []
     for sequence in running:
-        blocks, num_shared = sequence.block_ids.tolist(), sequence.num_shared_tokens
+        blocks, num_shared = list(sequence.block_ids), sequence.num_shared_tokens
         held += blocks
         written += blocks[num_shared // block_size :]
         assert len(set(blocks)) == len(blocks), "a sequence holds a block twice"
@@ -525,7 +529,7 @@ def check_conservation(core: EngineCore) -> None:
     slots = [sequence.slot for sequence in running]
     assert None not in slots
     assert len(set(slots)) == len(slots) <= core.config.scheduler.max_num_seqs
-    ranks = [sequence.rank for sequence in running]
+    ranks = [-1 if sequence.rank is None else sequence.rank for sequence in running]
     assert ranks == sorted(ranks), "the running ones are not in the order of their age"
     arrivals = {sequence.arrival for sequence in running}.union(sequence.arrival for sequence in waiting)
     assert len(arrivals) == len(running) + len(waiting), "a sequence stands in two queues"
