@@ -6,7 +6,7 @@
     ├── TokenizerError      no tokenizer, or a file that is none
     ├── RequestError        a request that the engine refuses; the message is for the client
     ├── TransportError      bytes between the two processes that are no frame or no message
-    └── EngineDiedError     the engine process is gone; what ran there is lost
+    └── EngineDiedError     a generation that no engine will finish
 
 The first three stop a start with exit status 2 and their message, without a traceback.
 """
@@ -37,4 +37,4 @@ class TransportError(EngineError):
 
 
 class EngineDiedError(EngineError):
-    """The engine process ended while requests were open."""
+    """This generation ended the engine process each time it ran, or there is no engine for it: none yet, or none any more."""

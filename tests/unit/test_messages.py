@@ -34,6 +34,9 @@ FULL_REQUEST = GenerationRequest(
     choice=3,
     arrival_s=12.5,
     deadline_s=99.0,
+    tenant="müller",
+    priority=-3,
+    cache_salt="pepper",
 )
 FULL_DELTA = TokenDelta(
     request_id="cmpl-1",
@@ -45,7 +48,16 @@ FULL_DELTA = TokenDelta(
 )
 
 
-@pytest.mark.parametrize("message", [Prepare(engine_options(), "cpu"), Configure(engine_options()), Submit(FULL_REQUEST), Abort("cmpl-1")])
+@pytest.mark.parametrize(
+    "message",
+    [
+        Prepare(engine_options(), "cpu"),
+        Configure(engine_options()),
+        Submit(FULL_REQUEST),
+        Submit(FULL_REQUEST, output_token_ids=(0, 131071), num_scored_tokens=2),
+        Abort("cmpl-1"),
+    ],
+)
 def test_what_the_server_says_arrives_as_it_was(message):
     assert decode_from_server(encode(message)) == message
 
