@@ -70,6 +70,8 @@ class EngineCore:
             vocab_size=config.model.vocab_size,
             num_slots=config.scheduler.max_num_seqs,
         )
+        self._eos_token = config.model.eos_token
+        self._max_model_len = config.scheduler.max_model_len
         self._sequences: dict[str, Sequence] = {}
         self._in_flight: _InFlight | None = None
         self._next_deadline_s = math.inf  # nobody's deadline is earlier
@@ -185,7 +187,7 @@ class EngineCore:
         self.runner.reset_slot(
             sequence.slot,
             sampling,
-            end_token_ids(sampling, self.config.model.eos_token),
+            end_token_ids(sampling, self._eos_token),
             prompt_token_ids=sequence.token_ids[: min(num_hit, sequence.num_prompt_tokens)],
             output_token_ids=sequence.token_ids[sequence.num_prompt_tokens : num_hit],
         )
@@ -196,21 +198,20 @@ class EngineCore:
         token_ids, is_finite = output.token_ids.tolist(), output.is_finite.tolist()
         deltas: list[TokenDelta] = []
         for row, item in enumerate(step.batch.items):
-            if item.sequence.is_over:
+            sequence = item.sequence
+            if sequence.is_over:
                 continue
-            if item.sequence.score_collector is None:
-                scores: tuple[TokenLogprob, ...] = ()
-            else:
+            scores: tuple[TokenLogprob, ...] = ()
+            if sequence.score_collector is not None:
                 scores = self._scores(item, output.scores, step.batch.token_starts[row])
-            is_sound = all(math.isfinite(score.logprob) for score in scores) and (is_finite[row] or not item.chooses_token)
-            if not is_sound:
-                deltas.append(self._delta(item.sequence, FinishReason.ERROR))
+            if (item.chooses_token and not is_finite[row]) or (scores and not _are_finite(scores)):
+                deltas.append(self._delta(sequence, FinishReason.ERROR))
             elif item.chooses_token:
-                deltas.append(self._add_token(item.sequence, token_ids[row], scores, output.logprobs, row))
+                deltas.append(self._add_token(sequence, token_ids[row], scores, output.logprobs, row))
             elif _is_all(item):
-                deltas.append(self._delta(item.sequence, FinishReason.LENGTH, scores=scores))
+                deltas.append(self._delta(sequence, FinishReason.LENGTH, scores=scores))
             elif scores:
-                deltas.append(self._delta(item.sequence, None, scores=scores))
+                deltas.append(self._delta(sequence, None, scores=scores))
         return deltas
 
     def _add_token(self, sequence: Sequence, token: int, scores: tuple[TokenLogprob, ...], logprobs: Any, row: int) -> TokenDelta:
@@ -218,14 +219,9 @@ class EngineCore:
         sequence.token_ids.append(token)
         sequence.num_pending_tokens -= 1
         num_top = sequence.request.sampling.logprobs
-        reason = finish_reason(sequence, eos_token=self.config.model.eos_token, max_model_len=self.config.scheduler.max_model_len)
-        return self._delta(
-            sequence,
-            reason,
-            token_ids=(token,),
-            logprobs=() if num_top is None else (_logprob(logprobs, row, token, num_top),),
-            scores=scores,
-        )
+        logprob = () if num_top is None else (_logprob(logprobs, row, token, num_top),)
+        reason = finish_reason(sequence, eos_token=self._eos_token, max_model_len=self._max_model_len)
+        return self._delta(sequence, reason, token_ids=(token,), logprobs=logprob, scores=scores)
 
     def _scores(self, item: ScheduledTokens, scores: Any, offset: int) -> tuple[TokenLogprob, ...]:
         """Log-probabilities of prompt tokens that are known now and not sent yet; `offset` is the item's first row in `scores`.
@@ -282,6 +278,10 @@ class EngineCore:
         del self._sequences[sequence.request.request_id]
         self.scheduler.remove(sequence, discard=not is_sound)
         sequence.is_over = True
+
+
+def _are_finite(scores: tuple[TokenLogprob, ...]) -> bool:
+    return all(math.isfinite(score.logprob) for score in scores)
 
 
 def _is_all(item: ScheduledTokens) -> bool:

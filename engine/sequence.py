@@ -18,6 +18,8 @@ class Sequence:
     """Mutable state of one generation."""
 
     request: GenerationRequest
+    num_prompt_tokens: int = field(init=False)
+    max_len: int = field(init=False)  # tokens it has when it ends by length
     arrival: int  # order of arrival
     token_ids: list[int]  # prompt, then output; without the pending token
     num_pending_tokens: int = 0  # 0 or 1: chosen by a launched step that is not collected yet
@@ -35,26 +37,21 @@ class Sequence:
     needs_host: bool = False  # between two tokens: it is not scheduled while one is pending
     is_over: bool = False  # finished or aborted; what a launched step still computes for it is thrown away
 
+    def __post_init__(self) -> None:
+        self.num_prompt_tokens = len(self.request.prompt_token_ids)
+        self.max_len = self.num_prompt_tokens + self.request.sampling.max_tokens
+
     @property
     def num_tokens(self) -> int:
         """Including the pending one."""
         return len(self.token_ids) + self.num_pending_tokens
 
     @property
-    def num_prompt_tokens(self) -> int:
-        return len(self.request.prompt_token_ids)
-
-    @property
     def num_output_tokens(self) -> int:
         """Including the pending one."""
-        return self.num_tokens - len(self.request.prompt_token_ids)
+        return self.num_tokens - self.num_prompt_tokens
 
     @property
     def num_remaining_tokens(self) -> int:
         """Tokens still to compute before the next one can be chosen."""
         return self.num_tokens - self.num_computed_tokens
-
-    @property
-    def max_len(self) -> int:
-        """Tokens this sequence has when it ends by length."""
-        return self.num_prompt_tokens + self.request.sampling.max_tokens

@@ -11,11 +11,12 @@ def end_token_ids(sampling: SamplingParams, eos_token: int) -> tuple[int, ...]:
 
 def finish_reason(sequence: Sequence, *, eos_token: int, max_model_len: int) -> FinishReason | None:
     """Whether the newest known token of the sequence, or its length, ends it. A token that is still pending does not count."""
-    sampling = sequence.request.sampling
     num_tokens = len(sequence.token_ids)
-    if num_tokens > sequence.num_prompt_tokens and sequence.token_ids[-1] in end_token_ids(sampling, eos_token):
-        return FinishReason.STOP
-    if num_tokens >= min(sequence.max_len, max_model_len):
+    if num_tokens > sequence.num_prompt_tokens:
+        token, sampling = sequence.token_ids[-1], sequence.request.sampling
+        if token in sampling.stop_token_ids or (token == eos_token and not sampling.ignore_eos):
+            return FinishReason.STOP
+    if num_tokens >= sequence.max_len or num_tokens >= max_model_len:
         return FinishReason.LENGTH
     return None
 

@@ -7,6 +7,7 @@ of which, and only the last, has a finish reason.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import NamedTuple
 
 
 class FinishReason(StrEnum):
@@ -71,9 +72,8 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenDelta:
-    """What one step added to one generation.
+class TokenDelta(NamedTuple):
+    """What one step added to one generation. A tuple, not a dataclass: hundreds are made in every step, at a quarter of the cost.
 
     `prompt_logprobs` holds the entries for the prompt positions that became known since the last delta, in order; the first prompt token
     has none and is not in the list, so all deltas of a scored prompt of n tokens hold n - 1 entries together.

@@ -5,7 +5,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
 
 import httpx
 import pytest
@@ -116,7 +115,7 @@ def test_usage_comes_in_one_last_chunk_without_choices(live_url: str):
 def test_the_usage_of_a_stream_tells_what_was_cached_of_each_prompt(live_url: str, engine: FakeEngineClient):
     def script(request: GenerationRequest) -> list[TokenDelta]:
         num_cached = 32 if request.choice else 16
-        return [replace(delta, num_cached_tokens=num_cached) for delta in counting_script(request)]
+        return [delta._replace(num_cached_tokens=num_cached) for delta in counting_script(request)]
 
     engine.script = script
 

@@ -4,7 +4,6 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import replace
 
 import httpx
 import pytest
@@ -29,7 +28,7 @@ def cached_script(num_cached: Callable[[GenerationRequest], int]):
     """The usual tokens, by an engine that found so many of the prompt's in its cache."""
 
     def script(request: GenerationRequest) -> list[TokenDelta]:
-        return [replace(delta, num_cached_tokens=num_cached(request)) for delta in counting_script(request)]
+        return [delta._replace(num_cached_tokens=num_cached(request)) for delta in counting_script(request)]
 
     return script
 
@@ -315,7 +314,7 @@ async def test_cached_tokens_are_those_of_the_first_run_also_where_an_engine_wit
 ):
     def script(request: GenerationRequest) -> list[TokenDelta]:
         first, *others = cached_script(lambda _: 16)(request)
-        return [first, *(replace(delta, num_cached_tokens=0) for delta in others)]
+        return [first, *(delta._replace(num_cached_tokens=0) for delta in others)]
 
     engine.script = script
 

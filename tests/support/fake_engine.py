@@ -89,8 +89,8 @@ def counting_script(request: GenerationRequest, *, vocab_size: int = VOCAB_SIZE)
         token = 330 + (start + 7 * position) % (vocab_size - 330)
         logprobs = () if sampling.logprobs is None else (fake_logprob(token, top=sampling.logprobs, vocab_size=vocab_size),)
         deltas.append(TokenDelta(request_id=request.request_id, token_ids=(token,), logprobs=logprobs))
-    deltas[0] = replace(deltas[0], prompt_logprobs=prompt_logprobs)
-    deltas[-1] = replace(deltas[-1], finish_reason=FinishReason.LENGTH)
+    deltas[0] = deltas[0]._replace(prompt_logprobs=prompt_logprobs)
+    deltas[-1] = deltas[-1]._replace(finish_reason=FinishReason.LENGTH)
     return deltas
 
 
