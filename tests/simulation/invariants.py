@@ -27,6 +27,7 @@ class EngineChecks:
         self._gone_s = gone_s  # when the clients got the ends of their requests
         self._patience_s = patience_s  # within which an engine has heard of it
         self._open: dict[str, GenerationRequest] = {}  # submitted, and neither ended nor aborted
+        self._aborted: set[str] = set()
         self._num_cached: dict[str, int] = {}  # as the first delta said
         self._before: tuple[bool, int, list[tuple[Sequence, int]]] = (False, 0, [])
         self._num_idle_turns = 0
@@ -39,6 +40,7 @@ class EngineChecks:
     def aborted(self, message: Abort) -> None:
         """What is aborted has left the core when the next step begins."""
         self._open.pop(message.request_id, None)
+        self._aborted.add(message.request_id)
         sequences = (*self._core.scheduler.running, *self._core.scheduler.waiting)
         assert all(sequence.request.request_id != message.request_id for sequence in sequences), "an aborted sequence is still there"
         check_books(self._core)
@@ -64,7 +66,8 @@ class EngineChecks:
                     for delta in deltas:
                         self._said(delta)
                 case Refused(request_id=request_id):
-                    assert self._open.pop(request_id, None), "a request was refused that is not open"
+                    assert request_id in self._open or request_id in self._aborted, "a request was refused that was never there"
+                    self._open.pop(request_id, None)
         is_idle = had_work and not num_deltas and len(self._runner.batches) == num_batches
         self._num_idle_turns = self._num_idle_turns + 1 if is_idle else 0
         assert self._num_idle_turns < 2, "no progress: two turns in a row neither computed nor told anything"

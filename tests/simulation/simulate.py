@@ -48,8 +48,8 @@ def live(seed: int) -> Outcome | Failure:
         history: list[str] = []
         try:
             simulate(seed, log=history)
-        except Exception:
-            return Failure(seed=seed, report="\n".join([*history[-NUM_LINES:], traceback.format_exc()]))
+        except Exception as error:
+            return Failure(seed=seed, report="\n".join([*history[-NUM_LINES:], "".join(traceback.format_exception(error, chain=False))]))
         return Failure(seed=seed, report=f"this seed is not reproducible: it failed once only\n{traceback.format_exc()}")
     finally:
         gc.enable()

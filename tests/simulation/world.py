@@ -7,7 +7,7 @@ hang and die, and a supervisor starts the next. All that happens is a timer of o
 import asyncio
 from collections.abc import Callable
 from contextlib import aclosing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from random import Random
 
 from invariants import EngineChecks, ListenerChecks
@@ -20,7 +20,7 @@ from engine.config import EngineOptions
 from engine.errors import EngineDiedError, RequestError
 from engine.journal import CLEARING_TOKENS, ENGINE_LATENESS_S
 from engine.quarantine import MAX_DEATHS
-from engine.types import TokenDelta
+from engine.types import GenerationRequest, SamplingParams, TokenDelta
 
 MIN_REQUESTS = 30
 MIN_STEPS = 300
@@ -169,6 +169,7 @@ class World:
     def _end(self) -> None:
         """Let nothing of this world run later, be it that it failed."""
         self.loop.drop()
+        self._log = None
         for task in self._tasks:
             task.cancel()
         with suppress(Exception):
@@ -210,7 +211,7 @@ class World:
         self._tasks.append(task)
         if plan.abort_after_s is not None:
             self.loop.call_later(plan.abort_after_s, task.cancel)
-        self.note(f"{request.request_id} arrives: {len(request.prompt_token_ids)} tokens, {request.sampling.max_tokens} more, {plan}")
+        self.note(f"{request.request_id} arrives: {', '.join([*_settings(request.sampling), *_settings(request), *_settings(plan)])}")
 
     def _stop(self) -> None:
         """The server ends in the middle of its work."""
@@ -301,6 +302,12 @@ class World:
             num_convictions=self._num_convictions,
             ended_s=self.loop.now_s,
         )
+
+
+def _settings(value: Plan | GenerationRequest | SamplingParams) -> list[str]:
+    """The fields that are not as usual, without what is printed for itself."""
+    pairs = [(each.name, getattr(value, each.name), each.default) for each in fields(value)]
+    return [f"{name}={found}" for name, found, usual in pairs if found != usual and name not in ("request", "request_id", "sampling")]
 
 
 def _options() -> EngineOptions:
