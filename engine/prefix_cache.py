@@ -50,9 +50,8 @@ class PrefixCache:
         for index in range(len(sequence.token_ids) // self.block_size):
             key = self._key(sequence, index)
             entry = self._entries.get(key)
-            if entry is None or entry.parent != parent or entry.tokens != self._tokens(sequence, index):
-                break
-            if not self._can_score(entry, sequence, index):
+            tokens = self._tokens(sequence, index)
+            if entry is None or entry.tokens != tokens or entry.parent != parent or not self._can_score(entry, sequence, index):
                 break
             blocks.append(entry.block)
             parent = key
