@@ -88,7 +88,7 @@ BUGS: dict[str, tuple[Change, ...]] = {
     ),
     "penalties forget the tokens of a hit": (Change(EngineCore, "_reset_slot", "if sampling.has_penalties else 0", "if False else 0"),),
     "a pending token is lost on preemption": (
-        Change(EngineCore, "_commit", "if item.sequence.is_over:", "if item.sequence.is_over or item.sequence.slot is None:"),
+        Change(EngineCore, "_commit", "if sequence.is_over:", "if sequence.is_over or sequence.slot is None:"),
     ),
     "a sequence is not left to the host": (
         Change(Scheduler, "_go_on", "(sequence.needs_host or start + 1 >= sequence.max_len)", "start + 1 >= sequence.max_len"),
@@ -108,8 +108,8 @@ BUGS: dict[str, tuple[Change, ...]] = {
         Change(
             EngineCore,
             "_commit",
-            "if item.sequence.is_over:",
-            "if item.sequence.is_over and item.sequence.request.request_id in self._sequences:",
+            "if sequence.is_over:",
+            "if sequence.is_over and sequence.request.request_id in self._sequences:",
         ),
     ),
     "the end is told twice": (
