@@ -1,8 +1,9 @@
 """Keeps one engine process running and the client connected to it.
 
-A death is answered with a new process, at once the first time and after growing pauses while deaths repeat; what becomes of the generations
-that ran in the dead one is the client's business. A process that its `Watchdog` finds hanging is killed, which makes a hang one more death.
-An engine that says why it cannot start (`Failed`) is not tried again.
+A death is answered with a new process, at once the first time and after growing pauses while deaths repeat before anything was computed.
+What becomes of the generations that ran in the dead one is the client's business; while it searches for the one to blame, nothing pauses. A
+process that its `Watchdog` finds hanging is killed, which makes a hang one more death. An engine that says why it cannot start (`Failed`)
+is not tried again.
 
 Beside an engine that is ready another process stands by, with imports and on a CPU all compiling behind it, but no weights and no memory of
 a device: it becomes the next engine.
@@ -27,9 +28,9 @@ from server.watchdog import Watchdog
 ENGINE_COMMAND = (sys.executable, "-P", "-m", "engine")  # -P: a folder called engine where we were started is not ours
 MAX_FAILED_STARTS = 3  # in a row, before the first engine is ready
 MAX_FAILED_RESTARTS = 10  # in a row, later: what waits is worth more patience
-STABLE_S = 3.0  # an engine that was ready this long has left earlier deaths behind
+STABLE_S = 3.0  # an engine that was ready this long, or made a step, has left earlier deaths behind
 LONGEST_PAUSE_S = 4.0
-STANDBY_DELAY_S = 2.0  # between readiness and the start of the standby: the first requests come first
+STANDBY_DELAY_S = 1.0  # between readiness and the start of the standby: the first requests come first
 LOOKS_PER_TIMEOUT = 10  # at the engine
 
 
@@ -100,6 +101,7 @@ class Supervisor:
     async def _keep_running(self) -> None:
         num_failed_starts = num_quick_deaths = 0
         while not self._stopping.is_set():
+            num_steps = self.client.stats.num_steps  # a total over all engines
             status = await self._run_one_engine()
             if self._stopping.is_set():
                 return
@@ -107,11 +109,12 @@ class Supervisor:
                 raise EngineStartError(self.client.failure, exit_status=2)
             ready_s = 0.0 if self._ready_since_s is None else time.monotonic() - self._ready_since_s
             num_failed_starts = num_failed_starts + 1 if self._ready_since_s is None else 0
-            num_quick_deaths = num_quick_deaths + 1 if ready_s < STABLE_S else 1
+            is_quick = ready_s < STABLE_S and self.client.stats.num_steps == num_steps
+            num_quick_deaths = num_quick_deaths + 1 if is_quick else 0
             cause = self._describe(status)
             if num_failed_starts == (MAX_FAILED_STARTS if self.client.info is None else MAX_FAILED_RESTARTS):
                 raise EngineStartError(f"the engine {cause} {num_failed_starts} times in a row before it was ready", exit_status=1)
-            pause_s = pause_before_restart(num_quick_deaths)
+            pause_s = 0.0 if self.client.is_searching else pause_before_restart(num_quick_deaths)
             self._watcher.engine_died(cause, pause_s=pause_s)
             await self._pause(pause_s)
 

@@ -283,7 +283,7 @@ class Server:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=os.environ | {"GROK_SERVER_ENGINE_STANDBY": "false"} | environment,
+            env=os.environ | {"GROK_SERVER_ENGINE_STANDBY": "false", "GROK_SERVER_SHUTDOWN_NOTICE": "0"} | environment,
             start_new_session=True,
         )
         self.output = ""
