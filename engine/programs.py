@@ -41,6 +41,7 @@ from engine.types import Progress
 
 SLOT_WRITE_LEN = 256  # tokens of a slot entered per call
 ENTRY_TYPES = (jnp.int32, jnp.float32, jnp.bool_, jnp.bool_, jnp.int32)  # of `SlotEntries`
+CHOOSE_BYTES = 1 << 20  # of one array over the vocabulary while tokens are chosen, where a backend loops over tiles
 SCORE_ROWS = 128  # positions whose logits exist at the same time, where a backend computes whole buckets
 
 _CACHE_HIT = "/jax/compilation_cache/cache_hits"
@@ -217,8 +218,19 @@ def _choose(params: Params, slots: SlotState, x: Any, knobs: Knobs, *, kind: Ste
     is_finite = jnp.all(jnp.isfinite(logits), axis=-1)
     if kind is StepKind.GREEDY:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32), is_finite, None
-    token_ids, is_sound = choose_tokens(logits, slots, knobs)
-    return token_ids, is_finite & is_sound, logprobs_of(logits, token_ids, num_top(config))
+
+    def choose(logits: Any, knobs: Knobs) -> tuple[Any, Any, Any]:
+        token_ids, is_sound = choose_tokens(logits, slots, knobs)
+        return token_ids, is_sound, logprobs_of(logits, token_ids, num_top(config))
+
+    token_ids, is_sound, logprobs = tiles.in_slices(choose, logits, knobs, slice_len=_choose_rows(config.model.vocab_size))
+    return token_ids, is_finite & is_sound, logprobs
+
+
+def _choose_rows(vocab_size: int) -> int:
+    """Rows of a tile whose tokens are chosen together: a power of two, so that half a dozen arrays over the vocabulary stay small."""
+    num_rows = max(1, min(TILE, CHOOSE_BYTES // (4 * vocab_size)))
+    return 1 << (num_rows.bit_length() - 1)
 
 
 def _pad_rows(field: Any) -> Any:

@@ -45,6 +45,17 @@ def map_slices(function: Callable[..., Any], num_rows: Int32[Array, ""], *arrays
     return jax.tree.map(lambda a: a[: _rows_of(arrays)], result)
 
 
+def in_slices(function: Callable[..., Any], *arrays: Any, slice_len: int) -> Any:
+    """`function` on `slice_len` rows of a tile at a time, where the backend loops over tiles; a divisor of `TILE`."""
+    if not loops_over_tiles() or slice_len == TILE:
+        return function(*arrays)
+
+    def of_slice(i: Int32[Array, ""]) -> Any:
+        return function(*jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, i * slice_len, slice_len), arrays))
+
+    return _loop(of_slice, jnp.int32(TILE // slice_len), TILE, slice_len)
+
+
 def map_each(function: Callable[..., Any], num_items: Int32[Array, ""], *arrays: Any) -> Any:
     """`function` on each of the first `num_items` entries of `arrays`, without the leading axis; results are stacked."""
     if not loops_over_tiles():
