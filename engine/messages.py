@@ -3,8 +3,7 @@
 `Configure` is the first message of a connection, after `Prepare` where the process stands by for a while; then the engine tells how its
 start goes (`Report`..., then `Ready` or `Failed`), and from there on generations travel as `Submit` and `Abort` one way and as `Deltas` and
 `Refused` the other way. The values inside are the frozen dataclasses of `engine/types.py` and `engine/config.py`; decoding checks every
-type, and no form of the bytes can run code. Cutting a byte stream into frames is `engine/transport.py`'s
-work.
+type, and no form of the bytes can run code. Cutting a byte stream into frames is `engine/transport.py`'s work.
 """
 
 import msgspec
