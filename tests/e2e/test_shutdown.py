@@ -2,36 +2,16 @@
 
 import json
 import os
-import re
 import signal
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
-from server_process import ROOT
+from server_process import running_fake_server
 
-SERVER = (sys.executable, str(ROOT / "tests" / "support" / "fake_engine_server.py"), str(ROOT / "tests" / "data" / "tiny-a"))
 NOTICE_S = 1.5
-
-
-@contextmanager
-def running(*engine_arguments: str, **environment: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A ready server in a process of its own, and its URL."""
-    settings = {"GROK_SERVER_ENGINE_STANDBY": "false", "GROK_SERVER_SHUTDOWN_NOTICE": str(NOTICE_S)} | environment
-    with subprocess.Popen([*SERVER, *engine_arguments], stdout=subprocess.PIPE, text=True, env=os.environ | settings) as server:
-        assert server.stdout is not None
-        try:
-            url = next(match[1] for line in server.stdout if (match := re.match(r"Ready on (http://\S+)", line)))
-            threading.Thread(target=server.stdout.read, daemon=True).start()
-            yield server, url
-        finally:
-            server.kill()
 
 
 def complete(url: str) -> httpx.Response:
@@ -63,7 +43,7 @@ def tokens_of(max_tokens: int) -> list[str]:
 
 
 def test_sigterm_fails_readiness_at_once_and_requests_only_after_the_notice():
-    with running("--step-s", "0.03") as (server, url):
+    with running_fake_server("--step-s", "0.03", GROK_SERVER_SHUTDOWN_NOTICE=str(NOTICE_S)) as (server, url):
         lines = stream_tokens(url, max_tokens=200)  # runs longer than the notice
         first = next(lines)
         signalled_s = time.monotonic()
@@ -81,7 +61,7 @@ def test_sigterm_fails_readiness_at_once_and_requests_only_after_the_notice():
 
 
 def test_ctrl_c_knows_no_notice():
-    with running("--step-s", "0.03") as (server, url):
+    with running_fake_server("--step-s", "0.03", GROK_SERVER_SHUTDOWN_NOTICE=str(NOTICE_S)) as (server, url):
         lines = stream_tokens(url, max_tokens=60)
         next(lines)
         signalled_s = time.monotonic()
@@ -95,7 +75,7 @@ def test_ctrl_c_knows_no_notice():
 
 @pytest.mark.parametrize("when", ["in the notice", "while draining"])
 def test_a_stream_survives_the_death_of_the_engine_in_the_middle_of_the_shutdown(when: str):
-    with running("--step-s", "0.02", GROK_SERVER_SHUTDOWN_NOTICE="10" if when == "in the notice" else "0") as (server, url):
+    with running_fake_server("--step-s", "0.02", GROK_SERVER_SHUTDOWN_NOTICE="10" if when == "in the notice" else "0") as (server, url):
         lines = stream_tokens(url, max_tokens=100)
         first = next(lines)
         (engine,) = Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split()
@@ -111,7 +91,7 @@ def test_a_stream_survives_the_death_of_the_engine_in_the_middle_of_the_shutdown
 
 
 def test_a_stream_that_waits_for_an_engine_that_never_comes_is_told_at_the_timeout():
-    with running("--step-s", "0.02", GROK_SERVER_SHUTDOWN_NOTICE="0", GROK_SERVER_SHUTDOWN_TIMEOUT="0.3") as (server, url):
+    with running_fake_server("--step-s", "0.02", GROK_SERVER_SHUTDOWN_NOTICE="0", GROK_SERVER_SHUTDOWN_TIMEOUT="0.3") as (server, url):
         lines = stream_tokens(url, max_tokens=250)
         next(lines)
         (engine,) = Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split()

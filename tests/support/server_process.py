@@ -1,9 +1,10 @@
-"""The installed command as a real process, until it says that it is ready."""
+"""The installed command as a real process, until it says that it is ready; and the same server over an engine without a model."""
 
 import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,3 +42,18 @@ def running_server(directory: Path, *arguments: str) -> Iterator[RunningServer]:
         finally:
             server.terminate()
     assert server.returncode == 0, f"status {server.returncode} after SIGTERM: {log.read_text()[-2000:]}"
+
+
+@contextmanager
+def running_fake_server(*engine_arguments: str, **environment: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Start `fake_engine_server.py`; gives its process, which the test may end, and its URL. No process stands by unless asked for."""
+    command = [sys.executable, ROOT / "tests/support/fake_engine_server.py", ROOT / "tests/data/tiny-a", *engine_arguments]
+    environment = {**os.environ, "GROK_SERVER_ENGINE_STANDBY": "false", **environment}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as server:
+        assert server.stdout is not None
+        try:
+            url = next(match[1] for line in server.stdout if (match := re.match(r"Ready on (http://\S+)", line)))
+            threading.Thread(target=server.stdout.read, daemon=True).start()
+            yield server, url
+        finally:
+            server.kill()
