@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from engine.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from engine.checkpoint.load import load_params, param_shapes
+from engine.compile_cache import drop_damaged_entries
 from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.model.params import Params, each_spec, param_specs
@@ -37,7 +38,7 @@ def build_engine(config: EngineConfig, *, report: Callable[[Progress], None], pr
     threads = ThreadPoolExecutor(1)  # left behind, not waited for, where the weights cannot be loaded
     if programs is None or not programs.fit(config, shapes, mesh):
         programs = Programs(config, shapes, mesh)
-        compiling = threads.submit(programs.compile, report)
+        compiling = threads.submit(_compile, programs, config, report)
     else:
         compiling = None
     params = load_params(checkpoint, config.model, dtype=config.dtype, mesh=mesh, keep_int8=_keeps_int8(), report=report)
@@ -74,8 +75,14 @@ def compile_ahead(config: EngineConfig) -> Programs:
     mesh = make_mesh(config.mesh, config.model)
     checkpoint = open_checkpoint(Path(config.model_dir), config.model)
     programs = Programs(config, _param_shapes(checkpoint, config, mesh), mesh)
-    programs.compile(lambda progress: None)  # noqa: ARG005
+    _compile(programs, config, lambda progress: None)  # noqa: ARG005
     return programs
+
+
+def _compile(programs: Programs, config: EngineConfig, report: Callable[[Progress], None]) -> None:
+    programs.compile(report)
+    if config.compile_cache_dir is not None and programs.num_cached < programs.num_compiled:
+        drop_damaged_entries(Path(config.compile_cache_dir))
 
 
 def _param_shapes(checkpoint: Checkpoint, config: EngineConfig, mesh: Mesh) -> Params:
