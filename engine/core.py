@@ -241,7 +241,7 @@ class EngineCore:
         if item.start < last and scores is not None:
             rows = slice(offset, offset + last - item.start)
             targets = np.array(sequence.token_ids[item.start + 1 : last + 1], np.int32)
-            run = BlockScores(targets=targets, chosen=scores.chosen[rows], top_ids=scores.top_ids[rows], top=scores.top[rows])
+            run = BlockScores.of(targets=targets, chosen=scores.chosen[rows], top_ids=scores.top_ids[rows], top=scores.top[rows])
             new += [run.entry(place, num_top) for place in range(max(sequence.num_scored_tokens - item.start, 0), len(run))]
             self._keep(sequence, item.start, run)
         sequence.num_scored_tokens = max(sequence.num_scored_tokens, last)

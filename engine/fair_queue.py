@@ -60,6 +60,18 @@ class FairQueue:
         tenant = min(waiting, key=_turn, default=None)
         return tenant.waiting[-1][2] if tenant else None
 
+    def exchange(self) -> tuple[list[Sequence], set[Sequence]]:
+        """Who is next of the tenant whose turn it is, and what the tenant with the most admitted sequences has admitted.
+
+        As many are named as the one can take over from the other without becoming the richer of the two, so that no exchange is reversed.
+        """
+        if (head := self.head()) is None:
+            return [], set()
+        tenant = self._tenants[head.request.tenant]
+        largest = max((each.admitted for each in self._tenants.values()), key=len)
+        count = (len(largest) - len(tenant.admitted)) // 2
+        return [sequence for _, _, sequence in tenant.waiting[: -count - 1 : -1]], largest
+
     def admit(self, sequence: Sequence) -> None:
         """Let it in and charge its tenant."""
         tenant = self._take_out(sequence)
@@ -72,7 +84,7 @@ class FairQueue:
         self._take_out(sequence)
 
     def settle(self, sequence: Sequence) -> None:
-        """An admitted sequence has ended."""
+        """An admitted sequence has ended, or has yielded."""
         tenant = self._tenants[sequence.request.tenant]
         tenant.charge -= _num_unused_tokens(sequence)
         tenant.admitted.remove(sequence)

@@ -14,6 +14,10 @@ everybody else, and computes again what the prefix cache has lost by then. Three
   scheduled in order of rank, so who gives way has nothing scheduled in this step that others may already count on.
 - Preemptions of one sequence are bounded. One that gave way `MAX_PREEMPTIONS` times is admitted only when the pool holds all that it and
   the running sequences may ever need. All its elders are among these, so once its juniors have given way, nobody can lack a block.
+
+Slots are shared between tenants as they come and go. Where all are taken and the one whose turn it is belongs to a tenant that runs at
+least two sequences fewer than another, the other's youngest yields: it queues again as a newcomer of the same age, and finds what it
+computed in the prefix cache when it comes back. The oldest never yields, and no sequence more than `MAX_YIELDS` times.
 """
 
 from dataclasses import dataclass
@@ -27,6 +31,7 @@ from engine.sequence import Sequence
 
 WATERMARK_SHARE = 0.01  # of the pool's blocks kept free when admitting, against thrashing
 MAX_PREEMPTIONS = 3  # of one sequence
+MAX_YIELDS = 3  # of one sequence
 
 
 class ScheduledTokens(NamedTuple):
@@ -90,28 +95,46 @@ class Scheduler:
         """
         if sequence.rank is None:
             self._newcomers.remove(sequence)
-            return
-        self._newcomers.settle(sequence)
-        if sequence.slot is None:
-            self._preempted.remove(sequence)
         else:
-            self.running.remove(sequence)
-            self._release(sequence)
+            self._newcomers.settle(sequence)
+            if sequence.slot is None:
+                self._preempted.remove(sequence)
+            else:
+                self.running.remove(sequence)
+                self._release(sequence)
         if discard:
             self.cache.forget(sequence)
 
     def schedule(self) -> Schedule:
         """Choose this step's tokens, give every chosen sequence the blocks they need, and count the tokens as computed."""
         preemptions_before = self.num_preemptions
+        heirs = self._make_way()
         items, readers = self._go_on()
         budget = self.config.max_num_batched_tokens - len(items)
         for sequence in readers:
             if not budget:
                 break
             budget -= self._read(sequence, budget, items)
-        # A preempted sequence may have a pending token. It is known before the next pass, and nobody is let in before that.
-        admitted = self._admit(budget, items) if self.num_preemptions == preemptions_before else []
+        # A sequence that gave way may have a pending token. It is known before the next pass, and none of them is let in before that.
+        admitted = self._admit(budget, items, heirs) if self.num_preemptions == preemptions_before else []
         return Schedule(items=tuple(items), admitted=tuple(admitted))
+
+    def _make_way(self) -> list[Sequence]:
+        """Where every slot is taken, let the youngest of a crowding tenant yield theirs; returns for whom."""
+        if self._free_slots or self._preempted:
+            return []
+        heirs, crowd = self._newcomers.exchange()
+        if not heirs or not self._fits(heirs[0], self.cache.lookup(heirs[0])):
+            return []
+        yielding = [each for each in self.running[1:] if each in crowd and each.num_yields < MAX_YIELDS][-len(heirs) :]
+        for sequence in reversed(yielding):
+            self.running.remove(sequence)
+            self._release(sequence)
+            sequence.num_yields += 1
+            sequence.rank = None
+            self._newcomers.settle(sequence)
+            self._newcomers.add(sequence)
+        return heirs[: len(yielding)]
 
     def _go_on(self) -> tuple[list[ScheduledTokens], list[Sequence]]:
         """Schedule every sequence that needs a single token; returns also those that need more.
@@ -163,10 +186,11 @@ class Scheduler:
         items.append(ScheduledTokens(sequence, start, num_tokens, chooses_token))
         return num_tokens
 
-    def _admit(self, budget: int, items: list[ScheduledTokens]) -> list[Sequence]:
-        """Let in who waits while there is room; nobody overtakes one that does not fit yet."""
+    def _admit(self, budget: int, items: list[ScheduledTokens], heirs: list[Sequence]) -> list[Sequence]:
+        """Let in who waits while there is room, or only the heirs that slots were freed for; nobody overtakes one that does not fit yet."""
         admitted: list[Sequence] = []
-        while budget and self._free_slots and (sequence := self._next()):
+        candidates = iter(heirs) if heirs else iter(self._next, None)
+        while budget and self._free_slots and (sequence := next(candidates, None)):
             hit = self.cache.lookup(sequence)
             if not self._fits(sequence, hit):
                 break
@@ -205,8 +229,9 @@ class Scheduler:
         self._newcomers.admit(sequence)
         sequence.rank = self._num_ranks
         self._num_ranks += 1
-        sequence.num_cached_tokens = min(sequence.num_computed_tokens, sequence.num_prompt_tokens)
-        self.cache.count(sequence)
+        if not sequence.num_yields:
+            sequence.num_cached_tokens = min(sequence.num_computed_tokens, sequence.num_prompt_tokens)
+            self.cache.count(sequence)
 
     def _preempt(self, sequence: Sequence) -> None:
         self._release(sequence)

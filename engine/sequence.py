@@ -28,8 +28,9 @@ class Sequence:
     block_keys: list[bytes] = field(default_factory=list[bytes])  # prefix-cache keys of the leading full blocks, as far as computed
     num_shared_tokens: int = 0  # leading tokens in blocks found in the prefix cache: they are read, never written
     slot: int | None = None  # row of the device's per-sequence state, while running
-    rank: int | None = None  # order of first admission: the smaller, the older; None before
-    num_preemptions: int = 0
+    rank: int | None = None  # order of admission: the smaller, the older; None before, and after it yielded
+    num_preemptions: int = 0  # for want of blocks
+    num_yields: int = 0  # gave its slot to another tenant
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache at the first admission
     num_scored_tokens: int = 0  # prompt log-probabilities already sent
     cached_scores: tuple[BlockScores, ...] = ()  # of the blocks found at the last admission, from that of position `num_scored_tokens` on

@@ -25,7 +25,7 @@ def sequence_of(tokens: Seq[int], *, salt: str = "", num_top: int | None = None,
 
 def scores_of(targets: Seq[int]) -> BlockScores:
     count = len(targets)
-    return BlockScores(
+    return BlockScores.of(
         targets=np.array(targets, np.int32),
         chosen=np.arange(count, dtype=np.float32),
         top_ids=np.zeros((count, 3), np.int32),
