@@ -58,7 +58,7 @@ async def test_a_salt_divides_the_prefix_cache_and_a_user_does_not(http: httpx.A
     assert len({salts[0], salts[2], salts[4]}) == 3
 
 
-def test_no_salt_of_one_key_can_be_made_to_look_like_anothers():
+def test_no_salt_of_one_key_can_be_made_to_look_like_that_of_another():
     parts = ["", "a", "b", "ab", ":", "1:a", "0:", "1:a:"]
 
     salts = {composed_salt(salt, key_tenant=tenant) for tenant in parts for salt in parts}

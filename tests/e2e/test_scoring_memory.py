@@ -14,7 +14,7 @@ from server_process import ROOT, RunningServer, running_server
 
 pytestmark = [
     pytest.mark.timeout(900),
-    pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the kernel's peak of resident memory can be reset on Linux only"),
+    pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux can reset the peak of resident memory"),
 ]
 
 VOCAB_SIZE = 131_072
@@ -43,8 +43,10 @@ def wide_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningSer
     """A tiny random model with the vocabulary of the large one."""
     directory = tmp_path_factory.mktemp("wide")
     (directory / "config.json").write_text(json.dumps(CONFIG))
-    command = [sys.executable, ROOT / "scripts" / "write_checkpoint.py", "--config", directory / "config.json", "--out", directory / "model"]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
+    write = [sys.executable, ROOT / "scripts" / "write_checkpoint.py"]
+    subprocess.run(
+        [*write, "--config", directory / "config.json", "--out", directory / "model"], check=True, stdout=subprocess.DEVNULL, cwd=ROOT
+    )
     with running_server(directory, "--model", str(directory / "model"), "--skip-tokenizer-init", *LIMITS) as server:
         yield server
 

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
-DEVICE_SIDE = {"build", "runner", "sampling", "sharding", "shapes", "model", "ops", "checkpoint"}
+DEVICE_SIDE = {"build", "compile_cache", "programs", "runner", "sampling", "sharding", "shapes", "model", "ops", "checkpoint"}
 NEITHER_SIDE = {"__main__"}  # the engine process: speaks messages, then imports build
 ON_A_BARE_GPU_MACHINE = {"jax", "jaxlib", "numpy", "ml_dtypes"}
 ALLOWED_IN = {"engine.shapes": {"jaxtyping"}}  # only for the type checker and the tests
