@@ -8,14 +8,27 @@ of its own, and it must end once, for a reason that is there.
 import math
 from collections.abc import Mapping
 from collections.abc import Sequence as List
+from dataclasses import dataclass
 
 from scripted_runner import ScriptedRunner, check_conservation, expected
 
+from engine.batch import Batch
 from engine.core import EngineCore
 from engine.messages import Abort, Deltas, FromEngine, Refused, Submit
-from engine.scheduler import MAX_PREEMPTIONS
+from engine.scheduler import MAX_PREEMPTIONS, MAX_YIELDS
 from engine.sequence import Sequence
 from engine.types import FinishReason, GenerationRequest, TokenDelta
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Before:
+    """What a turn is compared with."""
+
+    has_work: bool
+    num_batches: int
+    running: list[Sequence]
+    oldest: Sequence | None
+    due: list[Sequence]  # running and in need of a single token, which they get in every step
 
 
 class EngineChecks:
@@ -28,13 +41,19 @@ class EngineChecks:
         self._patience_s = patience_s  # within which an engine has heard of it
         self._open: dict[str, GenerationRequest] = {}  # submitted, and neither ended nor aborted
         self._aborted: set[str] = set()
-        self._num_cached: dict[str, int] = {}  # as the first delta said
-        self._before: tuple[bool, int, list[tuple[Sequence, int]]] = (False, 0, [])
+        self._num_found: dict[str, int] = {}  # prompt tokens that were there when its first step came
+        self._num_looked_up = 0  # prompt tokens of these
+        self._num_preemptions: dict[str, int] = {}
+        self._num_yields: dict[str, int] = {}
+        self._sequences: dict[str, Sequence] = {}  # of the submitted ones
+        self._before = _Before(has_work=False, num_batches=0, running=[], oldest=None, due=[])
         self._num_idle_turns = 0
 
     def submitted(self, message: Submit) -> None:
         assert message.request.request_id not in self._open, "a request was submitted twice"
         self._open[message.request.request_id] = message.request
+        if (sequence := self._core._sequences.get(message.request.request_id)) is not None:
+            self._sequences[message.request.request_id] = sequence
         check_books(self._core)
 
     def aborted(self, message: Abort) -> None:
@@ -48,16 +67,33 @@ class EngineChecks:
     def before_turn(self) -> None:
         latest_s = self._core.clock() - self._patience_s - 1e-9
         assert all(self._gone_s.get(request_id, math.inf) > latest_s for request_id in self._open), "work for a client who is gone"
-        ranked = [each for each in (*self._core.scheduler.running, *self._core.scheduler.waiting) if each.rank is not None]
-        oldest = [min(ranked, key=lambda sequence: sequence.rank or 0)] if ranked else []
-        self._before = self._core.has_work, len(self._runner.batches), [(each, each.num_preemptions) for each in oldest]
+        running = self._core.scheduler.running
+        ranked = [each for each in (*running, *self._core.scheduler.waiting) if each.rank is not None]
+        oldest = min(ranked, key=lambda sequence: sequence.rank or 0, default=None)
+        self._before = _Before(
+            has_work=self._core.has_work,
+            num_batches=len(self._runner.batches),
+            running=list(running),
+            oldest=oldest,
+            due=[sequence for sequence in running if _is_due(sequence)],
+        )
 
     def after_turn(self, said: List[FromEngine]) -> None:
-        had_work, num_batches, oldest = self._before
-        core = self._core
-        for batch in self._runner.batches[num_batches:]:
+        core, before = self._core, self._before
+        batches = self._runner.batches[before.num_batches :]
+        for batch in batches:
             assert sum(item.num_tokens for item in batch.items) <= core.config.scheduler.max_num_batched_tokens, "a step is over its budget"
             assert all(item.sequence.request.request_id in self._open for item in batch.items), "a step computes what nobody asked for"
+            self._look_up(batch)
+        gave_way = [sequence for sequence in before.running if sequence.slot is None and not sequence.is_over]
+        for sequence in gave_way:
+            self._count_way_given(sequence)
+        for sequence in before.running:  # and got its last token in the same turn
+            if sequence.is_over and sequence.num_preemptions:
+                self._num_preemptions[sequence.request.request_id] = sequence.num_preemptions
+        stepped = [item.sequence for batch in batches for item in batch.items]
+        assert all(each in stepped or each in gave_way or each.is_over for each in before.due), "a running sequence was passed over"
+        assert before.oldest not in gave_way, "the oldest gave way"
         num_deltas = 0
         for message in said:
             match message:
@@ -68,10 +104,9 @@ class EngineChecks:
                 case Refused(request_id=request_id):
                     assert request_id in self._open or request_id in self._aborted, "a request was refused that was never there"
                     self._open.pop(request_id, None)
-        is_idle = had_work and not num_deltas and len(self._runner.batches) == num_batches
+        is_idle = before.has_work and not num_deltas and not batches
         self._num_idle_turns = self._num_idle_turns + 1 if is_idle else 0
         assert self._num_idle_turns < 2, "no progress: two turns in a row neither computed nor told anything"
-        assert all(each.num_preemptions == count for each, count in oldest), "the oldest gave way"
         now_s = core.clock()
         assert all(each.deadline_s is None or each.deadline_s > now_s for each in self._open.values()), "a deadline was passed over"
         check_books(core)
@@ -82,17 +117,48 @@ class EngineChecks:
         assert not self._open, f"never ended: {list(self._open)}"
         assert (stats.num_running, stats.num_waiting, stats.num_blocks_used) == (0, 0, 0), f"an idle engine holds something: {stats}"
         assert not self._core.has_work
-        assert stats.num_hit_tokens <= stats.num_lookup_tokens
+        assert stats.num_steps == len(self._runner.batches), "another number of steps was launched than is told"
+        assert stats.num_hit_tokens == sum(self._num_found.values()), "another number of tokens was found than is told"
+        assert stats.num_lookup_tokens == self._num_looked_up, "another number of tokens was looked up than is told"
+        assert stats.num_preemptions == sum(self._num_preemptions.values()), "another number of preemptions happened than is told"
+        tenants = self._core.scheduler._newcomers._tenants.values()
+        assert not any(tenant.admitted for tenant in tenants), "a tenant is charged for what has ended"
 
     def _said(self, delta: TokenDelta) -> None:
         assert delta.request_id in self._open, "a delta after the end, after an abort, or of nobody's request"
-        num_prompt = len(self._open[delta.request_id].prompt_token_ids)
-        assert 0 <= delta.num_cached_tokens <= num_prompt, "more tokens were cached than the prompt has"
-        if delta.token_ids or delta.prompt_logprobs:
-            first = self._num_cached.setdefault(delta.request_id, delta.num_cached_tokens)
-            assert delta.num_cached_tokens == first, "the number of cached tokens changed"
+        assert delta.num_cached_tokens == self._num_found.get(delta.request_id, 0), "another number of tokens was cached than is told"
+        if delta.finish_reason is FinishReason.ERROR:
+            self._check_forgotten(self._sequences[delta.request_id])
         if delta.finish_reason is not None:
             del self._open[delta.request_id]
+
+    def _look_up(self, batch: Batch) -> None:
+        """A sequence's first step begins behind what was found of it."""
+        for item in batch.items:
+            request = item.sequence.request
+            if request.request_id not in self._num_found:
+                self._num_found[request.request_id] = min(item.start, len(request.prompt_token_ids))
+                self._num_looked_up += len(request.prompt_token_ids)
+
+    def _count_way_given(self, sequence: Sequence) -> None:
+        """For want of blocks, or of a slot: then it is nobody's elder any more."""
+        has_yielded = sequence.rank is None
+        counts, limit = (self._num_yields, MAX_YIELDS) if has_yielded else (self._num_preemptions, MAX_PREEMPTIONS)
+        count = counts[sequence.request.request_id] = counts.get(sequence.request.request_id, 0) + 1
+        assert count == (sequence.num_yields if has_yielded else sequence.num_preemptions), "a preemption was not counted"
+        assert count <= limit, "preempted too often"
+
+    def _check_forgotten(self, failed: Sequence) -> None:
+        """Nobody finds what a failed sequence computed, unless a companion that ran beside it computed the same."""
+        others = (*self._before.running, *self._core.scheduler.running)
+        companions = [each for each in others if each is not failed and each.block_keys[:1] == failed.block_keys[:1]]
+        assert companions or not any(key in self._core.cache._entries for key in failed.block_keys), "what failed can still be found"
+
+
+def _is_due(sequence: Sequence) -> bool:
+    """It needs one token more, and nothing keeps the engine from computing it now."""
+    is_last = sequence.num_tokens >= sequence.max_len
+    return sequence.num_remaining_tokens == 1 and not (sequence.num_pending_tokens and (sequence.needs_host or is_last))
 
 
 def check_books(core: EngineCore) -> None:
@@ -100,7 +166,6 @@ def check_books(core: EngineCore) -> None:
     check_conservation(core)
     holders: dict[int, int] = {}
     for sequence in core.scheduler.running:
-        assert sequence.num_preemptions <= MAX_PREEMPTIONS, "preempted too often"
         for block in sequence.block_ids:
             holders[block] = holders.get(block, 0) + 1
     assert core.pool._num_holders == holders, "a reference count is not the number of holders"

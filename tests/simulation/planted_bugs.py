@@ -66,6 +66,14 @@ BUGS: dict[str, tuple[Change, ...]] = {
         Change(PrefixCache, "_key", "sha256(parent + tokens).digest()", "sha256(parent + tokens).digest()[:1]"),
         FORGET_TO_COMPARE,
     ),
+    "a found block gives the scores of other tokens": (
+        Change(
+            PrefixCache,
+            "_can_score",
+            "return targets.tolist() == sequence.token_ids[unsent.start + 1 : unsent.stop + 1]",
+            "return len(targets) == len(unsent)",
+        ),
+    ),
     "admission counts found blocks as free that it takes": (
         Change(Scheduler, "_fits", "sum(self.pool.is_held(block) for block in hit)", "len(hit)"),
     ),
@@ -122,6 +130,7 @@ BUGS: dict[str, tuple[Change, ...]] = {
     ),
     "the oldest is preempted": (Change(Scheduler, "_extend", "self.running.pop()", "self.running.pop(0)"),),
     "preemptions have no bound": (Change(Scheduler, "_fits", "if sequence.num_preemptions < MAX_PREEMPTIONS:", "if True:"),),
+    "who yields a slot keeps its rank": (Change(Scheduler, "_make_way", "sequence.rank = None", "pass"),),
     "newcomers overtake the preempted": (
         Change(
             Scheduler,
@@ -130,6 +139,11 @@ BUGS: dict[str, tuple[Change, ...]] = {
             "self._newcomers.head() or (self._preempted[-1] if self._preempted else None)",
         ),
     ),
+    "no step is launched ahead": (
+        Change(Scheduler, "_go_on", "num_pending and (sequence.needs_host or start + 1 >= sequence.max_len)", "num_pending"),
+    ),
+    "what failed can still be found": (Change(Scheduler, "remove", "if discard:", "if False:"),),
+    "a tenant pays for ever": (Change(Scheduler, "remove", "self._newcomers.settle(sequence)", "pass"),),
     "a later deadline hides an earlier one": (
         Change(EngineCore, "submit", "min(self._next_deadline_s, request.deadline_s)", "request.deadline_s"),
     ),
@@ -160,6 +174,12 @@ BUGS: dict[str, tuple[Change, ...]] = {
     ),
     "quarantine convicts the first of a group": (Change(Quarantine, "engine_died", "if suspects and self._is_alone:", "if suspects:"),),
     "quarantine never convicts": (Change(Quarantine, "engine_died", "if suspects and self._is_alone:", "if False:"),),
+    "suspicion comes one death late": (
+        Change(Quarantine, "engine_died", "self._num_deaths[request_id] >= MAX_DEATHS", "self._num_deaths[request_id] > MAX_DEATHS"),
+    ),
+    "a suspect who left is tried": (
+        Change(Quarantine, "forget", "if (kept := [other for other in group if other != request_id])", "if (kept := group)"),
+    ),
     "progress does not clear a request": (Change(Quarantine, "engine_died", "for request_id in cleared:", "for request_id in ():"),),
     "a suspect that died beside others is convicted": (
         Change(Quarantine, "next_group", "self._is_alone = self._is_fresh_engine and len(self._on_trial) == 1", "self._is_alone = True"),

@@ -78,6 +78,7 @@ class SimulatedEngine:
     ) -> None:
         self.is_dead = False
         self.is_hanging = False
+        self.killed_by: str | None = None  # a request
         self.channel = channel
         self.checks: EngineChecks | None = None  # once it is ready
         self.num_steps = 0

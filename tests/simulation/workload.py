@@ -87,8 +87,8 @@ def scenario_of(rng: Random) -> Scenario:
         abort_share=rng.choice((0.0, 0.1, 0.3)),
         deadline_share=rng.choice((0.0, 0.1, 0.3)),
         poison_share=rng.choice((0.0, 0.0, 0.05)),
-        scored_share=rng.choice((0.0, 0.25)),
-        is_stopped_early=rng.random() < 0.1,
+        scored_share=rng.choice((0.0, 0.2, 0.5)),
+        is_stopped_early=rng.random() < 0.15,
     )
 
 
@@ -140,7 +140,7 @@ class Workload:
         text = rng.choice(self._scenario.texts)
         shared = text[: rng.randrange(len(text) + 1)] if rng.random() < 0.5 else text
         prompt = [*shared, *(rng.randrange(3, 40) for _ in range(rng.choice((0, 0, 1, 2, 5))))]
-        if rng.random() < 0.01:
+        if rng.random() < 0.03:
             prompt.insert(rng.randrange(len(prompt) + 1), POISON)
         return tuple(prompt[: limit - 1]) or (5,)
 

@@ -6,27 +6,26 @@ hang and die, and a supervisor starts the next. All that happens is a timer of o
 
 import asyncio
 from collections.abc import Callable
-from contextlib import aclosing, suppress
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from random import Random
 
-from invariants import EngineChecks, ListenerChecks
+from invariants import EngineChecks
+from listener import Listener
 from simulated_engine import SimulatedEngine, SlowChannel
 from virtual_loop import VirtualLoop
 from workload import Fates, Plan, Scenario, Workload, scenario_of
 
 from engine.client import RemoteEngineClient
 from engine.config import EngineOptions
-from engine.errors import EngineDiedError, RequestError
-from engine.journal import CLEARING_TOKENS, ENGINE_LATENESS_S
 from engine.quarantine import MAX_DEATHS
-from engine.types import GenerationRequest, SamplingParams, TokenDelta
+from engine.types import GenerationRequest, SamplingParams
 
 MIN_REQUESTS = 30
 MIN_STEPS = 300
 MAX_EVENTS = 15_000  # a world that lives longer hangs
+MAX_CAUSED = 10  # deaths until it is convicted: two among all, then by halves, then alone
 STALL_TIMEOUT_S = 10.0
-LATENESS_S = ENGINE_LATENESS_S + 0.1  # after its deadline a request has ended, whatever the engine does
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,74 +45,6 @@ class Outcome:
     ended_s: float  # virtual; equal only for equal histories
 
 
-class Listener:
-    """One client's request, from the question to its one end."""
-
-    def __init__(self, plan: Plan, world: "World") -> None:
-        self.plan = plan
-        self.checks = ListenerChecks(plan.request)
-        self.outcome: str | None = None
-        self.num_deaths = 0  # of engines in a row that had made little progress on it
-        self.num_received_in_life = 0
-        self._world = world
-
-    @property
-    def may_be_suspect(self) -> bool:
-        """Another death that it has no part in might get it convicted."""
-        return self.num_deaths >= MAX_DEATHS and self.num_received_in_life < CLEARING_TOKENS
-
-    def engine_died(self) -> None:
-        """Count it, as one too many rather than one too few: what a slow reader has not read yet is not known here."""
-        is_cleared = self.num_received_in_life >= CLEARING_TOKENS and not self.plan.reading_s
-        self.num_deaths = 0 if is_cleared else self.num_deaths + 1
-        self.num_received_in_life = 0
-
-    async def listen(self) -> None:
-        try:
-            self._end(await self._read_to_the_end())
-        except Exception as error:
-            self._world.loop.fail(error)
-
-    async def _read_to_the_end(self) -> str:
-        try:
-            return await self._read()
-        except asyncio.CancelledError:
-            return "aborted"
-        except EngineDiedError:
-            return "died"
-        except RequestError:
-            return "refused"
-
-    async def _read(self) -> str:
-        num_deltas = 0
-        async with aclosing(self._world.client.generate(self.plan.request)) as deltas:
-            async for delta in deltas:
-                self._take(delta)
-                num_deltas += 1
-                if num_deltas == self.plan.abort_after_deltas and not self.checks.has_ended:
-                    return "aborted"
-                if self.plan.reading_s:
-                    await asyncio.sleep(self.plan.reading_s)
-        assert self.checks.has_ended, "the stream ended without a last delta"
-        return "finished"
-
-    def _take(self, delta: TokenDelta) -> None:
-        self.checks.take(delta, now_s=self._world.loop.now_s)
-        self.num_received_in_life += len(delta.token_ids) + len(delta.prompt_logprobs)
-
-    def _end(self, outcome: str) -> None:
-        assert self.outcome is None, f"ended twice: {self.outcome}, then {outcome}"
-        plan = self.plan
-        self.outcome = outcome
-        self._world.ended(self)
-        if outcome == "died":
-            assert self._world.is_stopping or plan.kills_at is not None, "an innocent request was convicted"
-        assert outcome != "refused" or plan.is_refused, "a request was refused that fits"
-        assert outcome != "finished" or not plan.is_refused or plan.request.deadline_s, "a request was served that can never fit"
-        if plan.request.deadline_s is not None and not plan.reading_s:
-            assert self._world.loop.now_s <= plan.request.deadline_s + LATENESS_S, "ended long after its deadline"
-
-
 class World:
     """`run` lives through everything and returns what happened; any broken invariant raises on the way."""
 
@@ -123,6 +54,7 @@ class World:
         self.loop = VirtualLoop()
         self.scenario: Scenario = scenario_of(self.rng)
         self.is_stopping = False
+        self.engine_gone_s = 0.0
         self._log = log
         self._workload = Workload(self.scenario, self.rng)
         self._engine: SimulatedEngine | None = None
@@ -231,7 +163,7 @@ class World:
                 loop=self.loop,
                 rng=self.rng,
                 fates=self._fates,
-                on_death=lambda who: self._kill(f"{who} kills it"),
+                on_death=self._kill_by,
             )
             ours.handler, theirs.handler = self.client, engine
             self._engine = engine
@@ -255,12 +187,13 @@ class World:
                 self._engine.hang()
                 self.loop.call_later(STALL_TIMEOUT_S, self._kill_engine, self._engine, "hangs")
             else:
-                self._kill("is killed")
+                self._kill_engine(self._engine, "is killed")
         self._plan_kill()
 
-    def _kill(self, cause: str) -> None:
+    def _kill_by(self, request_id: str) -> None:
         assert self._engine is not None
-        self._kill_engine(self._engine, cause)
+        self._engine.killed_by = request_id
+        self._kill_engine(self._engine, f"is killed by {request_id}")
 
     def _kill_engine(self, engine: SimulatedEngine, cause: str) -> None:
         if engine.is_dead:
@@ -276,16 +209,22 @@ class World:
         if ours is None:
             return
         ours.deliver(self.rng.randrange(ours.num_arrived + 1))
-        self.loop.call_soon(self._close_now, engine.channel)
+        self.loop.call_soon(self._close_now, engine)
 
-    def _close_now(self, channel: SlowChannel) -> None:
+    def _close_now(self, engine: SimulatedEngine) -> None:
         """Whoever could has read what arrived."""
-        for listener in self._open.values():
-            listener.engine_died()
+        for request_id, listener in self._open.items():
+            listener.engine_died(is_cause=request_id == engine.killed_by)
         was_searching, has_suspects = self.client.is_searching, any(each.num_deaths >= MAX_DEATHS for each in self._open.values())
-        channel.close()
+        self.engine_gone_s = self.loop.now_s
+        engine.channel.close()
         assert was_searching or has_suspects or not self.client.is_searching, "a quarantine without anyone who saw two deaths in a row"
         self._num_quarantines += self.client.is_searching and not was_searching
+        culprit = self._open.get(engine.killed_by or "")
+        if culprit is not None and not culprit.plan.reading_s:
+            is_known = self.client.is_searching or engine.killed_by not in self.client._journal._entries
+            assert culprit.num_caused < MAX_DEATHS or is_known, "two deaths in a row, and nobody is a suspect"
+            assert culprit.num_caused <= MAX_CAUSED, "a request goes on ending engines"
 
     def _outcome(self) -> Outcome:
         cores = [engine.core for engine in self._engines if engine.checks is not None]

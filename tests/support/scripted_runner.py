@@ -530,7 +530,7 @@ def check_conservation(core: EngineCore) -> None:
     assert None not in slots
     assert len(set(slots)) == len(slots) <= core.config.scheduler.max_num_seqs
     ranks = [-1 if sequence.rank is None else sequence.rank for sequence in running]
-    assert ranks == sorted(ranks), "the running ones are not in the order of their age"
+    assert ranks == sorted(set(ranks)), "the running ones are not in the order of their age"
     arrivals = {sequence.arrival for sequence in running}.union(sequence.arrival for sequence in waiting)
     assert len(arrivals) == len(running) + len(waiting), "a sequence stands in two queues"
 
