@@ -41,7 +41,9 @@ format: $(VENV)/.dev ## let ruff format and fix what it can
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
-bench: $(VENV)/.dev ## measure one and many streams against the bare compiled step
+bench: $(VENV)/.dev ## measure streams against the bare compiled step, the host's work per step, the prefix cache
+	$(BIN)/python -m benchmarks.host_step
+	$(BIN)/python -m benchmarks.prefix_cache
 	$(BIN)/python -m benchmarks.serving $(ARGS)
 
 lock: $(VENV)/.dev ## write requirements/*.txt anew from pyproject.toml; ARGS=--upgrade takes the newest versions

@@ -1,6 +1,6 @@
-"""What the host adds to a step: scheduler, batch and commit around a runner that does nothing.
+"""What the host adds to a step: schedule, lay out, commit and emit around a device that does nothing.
 
-    python benchmarks/host_step.py [--context 1000]
+    python -m benchmarks.host_step [--context 1000]
 
 Prints, per number of running sequences, the median and the shortest step in microseconds: decoding, one token each, and
 with log-probabilities.
@@ -15,9 +15,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.__main__ import EngineLoop
 from engine.batch import TILE, Batch, StepLayout
 from engine.config import CacheConfig, EngineConfig, MeshConfig, ModelConfig, SchedulerConfig
 from engine.core import EngineCore
+from engine.messages import encode
 from engine.types import EngineInfo, GenerationRequest, SamplingParams
 
 NUM_SEQS = (1, 32, 256)
@@ -107,10 +109,11 @@ def step_times_us(num_seqs: int, *, context: int, logprobs: int | None) -> list[
         core.submit(GenerationRequest(request_id=str(index), prompt_token_ids=(5,) * context, sampling=sampling))
     while core.scheduler.num_waiting or any(sequence.num_remaining_tokens > 1 for sequence in core.scheduler.running):
         core.step()
+    loop = EngineLoop(core, send=encode)
     times: list[float] = []
     for _ in range(NUM_STEPS):
         start = time.perf_counter()
-        core.step()
+        loop.turn()
         times.append((time.perf_counter() - start) * 1e6)
     return times
 

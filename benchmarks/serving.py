@@ -53,7 +53,7 @@ def main() -> None:
     is_real_time = use_real_time_class()
 
     bare = BareStep(arguments.model, num_tokens=arguments.tokens)
-    with running_server(arguments.model) as url:
+    with running_server(arguments.model) as (url, _):
         measures: dict[str, Callable[[], float]] = {
             "bare compiled step": bare.rate,
             "1 stream over HTTP": lambda: asyncio.run(stream_rate(url, 1, arguments.tokens)),
@@ -123,12 +123,12 @@ async def stream_rate(url: str, num_streams: int, num_tokens: int) -> float:
 
 @contextmanager
 def running_server(model_dir: Path):
-    """The command on a free port; yields its address."""
+    """The command on a free port; yields its address and its process id."""
     command = [Path(sys.executable).with_name("grok-server"), "serve", "--model", str(model_dir), "--port", "0", "--log-level", "warning"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         try:
-            yield next(match[1] for line in server.stdout if (match := re.match(r"Ready on (http://\S+)", line)))
+            yield next(match[1] for line in server.stdout if (match := re.match(r"Ready on (http://\S+)", line))), server.pid
         finally:
             server.terminate()
 
