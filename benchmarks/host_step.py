@@ -19,7 +19,7 @@ from engine.__main__ import EngineLoop
 from engine.batch import TILE, Batch, StepLayout
 from engine.config import CacheConfig, EngineConfig, MeshConfig, ModelConfig, SchedulerConfig
 from engine.core import EngineCore
-from engine.messages import encode
+from engine.messages import FromEngine, encode
 from engine.types import EngineInfo, GenerationRequest, SamplingParams
 
 NUM_SEQS = (1, 32, 256)
@@ -109,7 +109,11 @@ def step_times_us(num_seqs: int, *, context: int, logprobs: int | None) -> list[
         core.submit(GenerationRequest(request_id=str(index), prompt_token_ids=(5,) * context, sampling=sampling))
     while core.scheduler.num_waiting or any(sequence.num_remaining_tokens > 1 for sequence in core.scheduler.running):
         core.step()
-    loop = EngineLoop(core, send=encode)
+
+    def emit(message: FromEngine) -> None:
+        encode(message)
+
+    loop = EngineLoop(core, send=emit)
     times: list[float] = []
     for _ in range(NUM_STEPS):
         start = time.perf_counter()
