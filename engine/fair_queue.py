@@ -2,9 +2,10 @@
 
 Tenants share the engine by tokens (the virtual token counter of Sheng et al., arXiv:2401.00588): next is the tenant that was charged least,
 and of its sequences the one with the highest priority, then the oldest. A sequence is charged the most it can use, its prompt and
-max_tokens, when it is let in; what it did not use is refunded when it leaves. A tenant gets no credit for a time when it had nobody
-waiting: it starts level with what the others have received by then. Not with what they were charged: they hold tokens in advance, and a
-newcomer that started behind these would wait until all of them are used or refunded.
+max_tokens, when it is let in; what it did not use is refunded when it leaves. One that yielded and comes back pays only for what is left
+of it. A tenant gets no credit for a time when it had nobody waiting: it starts level with what the others have received by then. Not with
+what they were charged: they hold tokens in advance, and a newcomer that started behind these would wait until all of them are used or
+refunded.
 
 The scheduler decides when somebody is let in, this file decides who.
 """
@@ -14,6 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from engine.sequence import Sequence
+
+MAX_SETTLED = 256  # tenants remembered who have nothing open; names are free, so there is no end of them
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -75,7 +78,7 @@ class FairQueue:
     def admit(self, sequence: Sequence) -> None:
         """Let it in and charge its tenant."""
         tenant = self._take_out(sequence)
-        tenant.charge += sequence.max_len
+        tenant.charge += _num_unused_tokens(sequence) if sequence.num_yields else sequence.max_len
         tenant.admitted.add(sequence)
         self._last = tenant
 
@@ -101,11 +104,12 @@ class FairQueue:
         return tenant
 
     def _forget_settled(self) -> None:
-        """Drop the tenants who have nothing open and would start from the level as strangers do."""
+        """Of tenants with nothing open, drop who would start from the level as strangers do, and of the rest all but the most charged."""
         level = self._level()
-        self._tenants = {
-            name: tenant for name, tenant in self._tenants.items() if tenant.waiting or tenant.admitted or tenant.charge > level
-        }
+        is_open = {name: tenant for name, tenant in self._tenants.items() if tenant.waiting or tenant.admitted}
+        ahead = [(name, tenant) for name, tenant in self._tenants.items() if name not in is_open and tenant.charge > level]
+        ahead.sort(key=lambda named: named[1].charge)
+        self._tenants = is_open | dict(ahead[-MAX_SETTLED:])
 
 
 def _num_unused_tokens(sequence: Sequence) -> int:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.fair_queue import FairQueue
+from engine.fair_queue import MAX_SETTLED, FairQueue
 from engine.sequence import Sequence
 from engine.types import GenerationRequest, SamplingParams
 
@@ -132,6 +132,32 @@ def test_tenants_that_are_through_leave_nothing_behind() -> None:
         end(queue, admit(queue), num_output=n % 10)
 
     assert len(queue._tenants) < 5
+
+
+def test_names_without_end_are_not_all_remembered_while_somebody_always_waits() -> None:
+    queue = queue_of(sequence(0, "heavy", max_tokens=500), *(sequence(n, f"tenant {n}") for n in range(1, 9)))
+    end(queue, admit(queue), num_output=500)
+
+    for n in range(9, 2000):
+        queue.add(sequence(n, f"tenant {n}"))
+        end(queue, admit(queue), num_output=n % 10)
+
+    assert len(queue._tenants) < MAX_SETTLED + 20
+    assert queue._tenants["heavy"].charge == 510, "who received most has most to gain from being forgotten"
+
+
+def test_one_that_yields_and_comes_back_pays_no_token_twice() -> None:
+    queue = queue_of(sequence(0, "a", num_prompt=100, max_tokens=20), sequence(1, "b", num_prompt=100, max_tokens=20))
+    yielding = admit(queue)
+    yielding.token_ids += [7] * 5
+    yielding.num_yields += 1
+
+    queue.settle(yielding)
+    queue.add(yielding)
+    assert [admit(queue) for _ in range(2)][1] is yielding
+    end(queue, yielding, num_output=15)
+
+    assert queue._tenants["a"].charge == 120
 
 
 @pytest.mark.parametrize("num_slots", [1, 4])
