@@ -144,7 +144,7 @@ def wants_scores(item: ScheduledTokens) -> bool:
     sequence = item.sequence
     if sequence.score_collector is None:
         return False
-    return sequence.num_scored_tokens < min(item.start + item.num_tokens, sequence.num_prompt_tokens - 1)
+    return max(item.start, sequence.num_scored_tokens) < min(item.start + item.num_tokens, sequence.num_prompt_tokens - 1)
 
 
 class _SlotRows:

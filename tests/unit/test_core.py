@@ -20,6 +20,7 @@ from scripted_runner import (
     scripted_core,
 )
 
+from engine.batch import StepKind
 from engine.errors import RequestError
 from engine.scheduler import MAX_PREEMPTIONS
 from engine.types import FinishReason, GenerationRequest, SamplingParams, TokenDelta
@@ -277,6 +278,16 @@ def test_a_scored_prompt_is_answered_from_what_its_blocks_gave_before() -> None:
 
     assert warm == cold == expected(scored)
     assert [[item.num_tokens for item in batch.items] for batch in runner.batches[num_batches:]] == [[4]]
+
+
+def test_only_steps_that_compute_a_score_use_the_program_that_does() -> None:
+    core, runner = scripted_core(engine_config(max_num_batched_tokens=64))
+    scored = request("a", *range(3, 22), sampling=replace(GREEDY, max_tokens=4, prompt_logprobs=3))
+    for _ in range(2):
+        core.submit(scored)
+        assert joined(run_until_idle(core)["a"]).prompt_logprobs == expected(scored).prompt_logprobs
+
+    assert [batch.kind for batch in runner.batches] == [StepKind.SCORE, *[StepKind.GREEDY] * 3] * 2
 
 
 def test_a_block_that_was_never_scored_is_no_hit_for_a_prompt_that_is() -> None:
