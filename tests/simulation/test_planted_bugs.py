@@ -4,6 +4,8 @@ import pytest
 from planted_bugs import BUGS, Change, planted
 from world import simulate
 
+pytestmark = pytest.mark.timeout(600)  # a rare bug takes 30 seeds, which is seconds, but not on a machine that is busy otherwise
+
 MAX_SEEDS = 100  # most bugs need one or two
 SYMPTOMS = (AssertionError, RuntimeError, LookupError, ValueError)  # anything else is a mistake in the planting
 

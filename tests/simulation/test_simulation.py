@@ -9,6 +9,8 @@ import pytest
 from simulate import COVERED, Failure, live, shortcomings
 from world import MIN_REQUESTS, MIN_STEPS, simulate
 
+pytestmark = pytest.mark.timeout(600)  # seconds, but not on a machine that is busy otherwise
+
 NUM_SEEDS = 40
 
 
