@@ -2,8 +2,8 @@
 
     python -m benchmarks.host_step [--context 1000]
 
-Prints, per number of running sequences, the median and the shortest step in microseconds: decoding, one token each, and
-with log-probabilities.
+Prints, per number of running sequences, the median and the shortest step in microseconds: decoding, one token each, and with
+log-probabilities. No two sequences share a block, and in every step some get full, are hashed, and enter the prefix cache.
 """
 
 import argparse
@@ -106,7 +106,7 @@ def step_times_us(num_seqs: int, *, context: int, logprobs: int | None) -> list[
     core = null_core(num_seqs, max_model_len=context + max_tokens)
     sampling = SamplingParams(max_tokens=max_tokens, logprobs=logprobs)
     for index in range(num_seqs):
-        core.submit(GenerationRequest(request_id=str(index), prompt_token_ids=(5,) * context, sampling=sampling))
+        core.submit(GenerationRequest(request_id=str(index), prompt_token_ids=(index,) * context, sampling=sampling))
     while core.scheduler.num_waiting or any(sequence.num_remaining_tokens > 1 for sequence in core.scheduler.running):
         core.step()
 
