@@ -17,18 +17,22 @@ STOP_GRACE_S = 5.0  # between the end of the connection and SIGKILL
 
 
 class EngineProcess:
-    """Runs from the moment it is made."""
+    """Runs from the moment it is made. Raises `OSError` where the system gives no further process or socket."""
 
     def __init__(self, command: Sequence[str]) -> None:
         self.socket, theirs = socket.socketpair()  # no path on disk, and passed on to the child alone
-        with theirs:
-            self._process = subprocess.Popen(
-                [*command, "--fd", str(theirs.fileno())],
-                pass_fds=(theirs.fileno(),),
-                stdin=subprocess.DEVNULL,
-                stdout=2,  # our stderr: stdout belongs to what the operator asked to see
-                env=child_environment(),
-            )
+        try:
+            with theirs:
+                self._process = subprocess.Popen(
+                    [*command, "--fd", str(theirs.fileno())],
+                    pass_fds=(theirs.fileno(),),
+                    stdin=subprocess.DEVNULL,
+                    stdout=2,  # our stderr: stdout belongs to what the operator asked to see
+                    env=child_environment(),
+                )
+        except BaseException:
+            self.socket.close()
+            raise
 
     @property
     def has_ended(self) -> bool:

@@ -102,7 +102,7 @@ class Supervisor:
         num_failed_starts = num_quick_deaths = 0
         while not self._stopping.is_set():
             num_steps = self.client.stats.num_steps  # a total over all engines
-            status = await self._run_one_engine()
+            cause = await self._run_one_engine()
             if self._stopping.is_set():
                 return
             if self.client.failure is not None:
@@ -111,18 +111,21 @@ class Supervisor:
             num_failed_starts = num_failed_starts + 1 if self._ready_since_s is None else 0
             is_quick = ready_s < STABLE_S and self.client.stats.num_steps == num_steps
             num_quick_deaths = num_quick_deaths + 1 if is_quick else 0
-            cause = self._describe(status)
             if num_failed_starts == (MAX_FAILED_STARTS if self.client.info is None else MAX_FAILED_RESTARTS):
                 raise EngineStartError(f"the engine {cause} {num_failed_starts} times in a row before it was ready", exit_status=1)
-            pause_s = 0.0 if self.client.is_searching else pause_before_restart(num_quick_deaths)
+            is_trial = self.client.is_searching and self._ready_since_s is not None
+            pause_s = 0.0 if is_trial else pause_before_restart(num_quick_deaths)
             self._watcher.engine_died(cause, pause_s=pause_s)
             await self._pause(pause_s)
 
-    async def _run_one_engine(self) -> int:
-        """From the start of a process to its end; returns its exit status, negative for a signal."""
+    async def _run_one_engine(self) -> str:
+        """From the start of a process to its end; returns how it ended."""
         self._ready_since_s = self._stalled_s = None
         self._had_standby = False
-        engine = self._engine = self._take_standby() or EngineProcess(self._command)
+        try:
+            engine = self._engine = self._take_standby() or EngineProcess(self._command)
+        except OSError as error:  # no memory or no descriptor for it, perhaps for a moment only
+            return f"could not be started ({error.strerror})"
         looking_after: asyncio.Task[None] | None = None
         try:
             await self.client.connect_socket(engine.socket, self._options)
@@ -137,7 +140,7 @@ class Supervisor:
             if looking_after is not None:
                 looking_after.cancel()
             status = await asyncio.shield(asyncio.to_thread(engine.reap))
-        return status
+        return self._describe(status)
 
     async def _look_after(self, engine: EngineProcess) -> None:
         """Kill the engine if it hangs; once it is ready, give it a standby."""
@@ -160,8 +163,8 @@ class Supervisor:
             return
         if time.monotonic() - self._ready_since_s >= self._standby_delay_s:
             self._had_standby = True
-            self._standby = EngineProcess(self._command)
-            with suppress(OSError):  # seen as ended the next time
+            with suppress(OSError):  # no room for one; or it has ended already, which is seen the next time
+                self._standby = EngineProcess(self._command)
                 have_prepared(self._standby.socket, self._options, backend=self.client.info.backend)
 
     def _take_standby(self) -> EngineProcess | None:
@@ -194,6 +197,7 @@ class Supervisor:
         self._watcher.engine_ready(info)
 
     def _describe(self, status: int) -> str:
+        """How the process ended, by its exit status, negative for a signal."""
         if self._stalled_s is not None:
             return f"made no progress for {self._stalled_s:g} s and was killed"
         return f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"

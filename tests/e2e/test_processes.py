@@ -78,14 +78,18 @@ def engine_pid() -> int:
 
 
 async def run_engine_with(
-    check, *, arguments: tuple[str, ...] = (), stall_timeout_s: float = 30.0, standby_delay_s: float | None = None
+    check,
+    *,
+    command: tuple[str, ...] = ENGINE,
+    stall_timeout_s: float = 30.0,
+    standby_delay_s: float | None = None,
 ) -> Notes:
     """Supervise a fake engine, run `check(supervisor, notes)` once it is ready, stop."""
     notes = Notes()
     supervisor = Supervisor(
         engine_options(),
         watcher=notes,
-        command=(*ENGINE, *arguments),
+        command=command,
         stall_timeout_s=stall_timeout_s,
         standby_delay_s=standby_delay_s,
     )
@@ -219,6 +223,26 @@ async def test_without_the_process_that_stood_by_a_new_one_becomes_the_engine():
         assert not set(engine_pids()) & set(before)
 
     await run_engine_with(check, standby_delay_s=0.0, stall_timeout_s=5.0)
+
+
+@pytest.mark.anyio
+async def test_where_no_process_can_be_started_the_engine_is_still_watched_and_its_successor_tried_again(tmp_path):
+    program = tmp_path / "engine"
+    program.write_text(f'#!/bin/sh\nexec {" ".join(ENGINE)} "$@"\n')
+    program.chmod(0o700)
+    elsewhere = tmp_path / "elsewhere"
+
+    async def check(supervisor: Supervisor, notes: Notes) -> None:  # noqa: ARG001
+        program.rename(elsewhere)
+        await anyio.sleep(1.5)
+        os.kill(engine_pid(), signal.SIGSTOP)
+        await eventually(lambda: len(notes.deaths) >= 2)
+        elsewhere.rename(program)
+        await eventually(lambda: notes.num_ready == 2)
+
+    notes = await run_engine_with(check, command=(str(program),), standby_delay_s=1.0, stall_timeout_s=2.0)
+
+    assert notes.deaths[:2] == ["made no progress for 2 s and was killed", "could not be started (No such file or directory)"]
 
 
 @pytest.mark.anyio
