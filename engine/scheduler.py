@@ -67,7 +67,7 @@ class Scheduler:
         self._preempted: list[Sequence] = []  # by rank, the oldest last
         self._newcomers = FairQueue()
         self._num_ranks = 0
-        # No more than the budget has tokens: everybody who runs gets at least one token in every step.
+        # No more than the budget has tokens: whoever needs a single one gets it in every step.
         self._free_slots = list(reversed(range(min(config.max_num_seqs, config.max_num_batched_tokens))))
         self._watermark = int(pool.num_blocks * WATERMARK_SHARE)
 
