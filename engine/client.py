@@ -22,7 +22,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from engine.config import EngineOptions
-from engine.errors import EngineDiedError
+from engine.errors import NoEngineError
 from engine.journal import Entry, Journal
 from engine.messages import (
     Abort,
@@ -76,8 +76,8 @@ class EngineClient(Protocol):
     def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenDelta, None]:
         """Yield the deltas of one generation; the last one, and only that, has a finish reason.
 
-        Raises `RequestError` when an engine refuses the request; `EngineDiedError` when the engine process ends wherever this request runs,
-        before the first engine is ready, and at the end of the server.
+        Raises `RequestError` when an engine refuses the request; `EngineDiedError` when the engine process ends wherever this request runs;
+        `NoEngineError` before the first engine is ready, and at the end of the server.
         """
         ...
 
@@ -155,12 +155,12 @@ class RemoteEngineClient:
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenDelta, None]:
         """See `EngineClient.generate`."""
         if self.info is None or self._end is not None:
-            raise EngineDiedError(self._end or "no engine has been ready yet; the first one is still starting")
+            raise NoEngineError(self._end or "no engine has been ready yet; the first one is still starting")
         mailbox = _Mailbox()
         entry = self._journal.open(request, mailbox)
-        self._submit_due()
-        self._watch_deadlines()
         try:
+            self._submit_due()
+            self._watch_deadlines()
             while True:
                 delta = await mailbox.take()
                 yield delta
@@ -170,7 +170,7 @@ class RemoteEngineClient:
             self._abandon(entry)
 
     def fail_open(self, reason: str) -> None:
-        """End every open generation, and every one that begins later: its generator raises `EngineDiedError` with `reason`."""
+        """End every open generation, and every one that begins later: its generator raises `NoEngineError` with `reason`."""
         self._end = reason
         self._abort(self._journal.fail_all(reason))
 

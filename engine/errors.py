@@ -6,7 +6,8 @@
     ├── TokenizerError      no tokenizer, or a file that is none
     ├── RequestError        a request that the engine refuses; the message is for the client
     ├── TransportError      bytes between the two processes that are no frame or no message
-    └── EngineDiedError     a generation that no engine will finish
+    └── EngineDiedError     a generation that no engine survives
+        └── NoEngineError   there is no engine for it: none yet, or none any more
 
 The first three stop a start with exit status 2 and their message, without a traceback.
 """
@@ -37,4 +38,8 @@ class TransportError(EngineError):
 
 
 class EngineDiedError(EngineError):
-    """This generation ended the engine process each time it ran, or there is no engine for it: none yet, or none any more."""
+    """This generation ended the engine process each time it ran, the last time alone."""
+
+
+class NoEngineError(EngineDiedError):
+    """There is no engine for this generation: none yet, or none any more."""

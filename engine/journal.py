@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from engine.errors import EngineDiedError, RequestError
+from engine.errors import EngineDiedError, NoEngineError, RequestError
 from engine.messages import Submit
 from engine.quarantine import Quarantine
 from engine.types import FinishReason, GenerationRequest, TokenDelta
@@ -149,11 +149,11 @@ class Journal:
         return to_abort
 
     def fail_all(self, reason: str) -> list[str]:
-        """End everything with `EngineDiedError`; returns the ids that the engine has."""
+        """End everything with `NoEngineError`; returns the ids that the engine has."""
         failed = list(self._entries.values())
         to_abort = [entry.request.request_id for entry in failed if self._remove(entry)]
         for entry in failed:
-            entry.reader.fail(EngineDiedError(reason))
+            entry.reader.fail(NoEngineError(reason))
         return to_abort
 
     def _submit(self, entry: Entry) -> Submit:

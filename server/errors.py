@@ -29,7 +29,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 
-from engine.errors import EngineDiedError, RequestError
+from engine.errors import EngineDiedError, NoEngineError, RequestError
 from server.limits import Limits
 
 log = structlog.get_logger(__name__)
@@ -179,10 +179,10 @@ def error_response(error: ApiError) -> JSONResponse:
     return JSONResponse(error_body(error), status_code=error.status, headers=error.headers)
 
 
-def as_api_error(error: Exception, *, request_id: str, limits: Limits, is_draining: bool = False) -> ApiError:
+def as_api_error(error: Exception, *, request_id: str, limits: Limits) -> ApiError:
     """The one translation: whatever was raised, as what the client is told. The unexpected becomes a generic `InternalError`.
 
-    What `EngineDiedError` cuts short was cut by the shutdown, while draining; else it is a generation that no engine survives.
+    Requests are taken only once an engine has been ready, so what has none has none any more.
     """
     match error:
         case ApiError():
@@ -191,10 +191,13 @@ def as_api_error(error: Exception, *, request_id: str, limits: Limits, is_draini
             return _from_validation(error, max_chars=limits.max_message_chars)
         case RequestError():
             return InvalidRequest(shortened(str(error), limits.max_message_chars))
-        case EngineDiedError() if is_draining:
+        case NoEngineError():
             return Unavailable("the server is shutting down", code="shutting_down", retry_after_s=limits.retry_after_s)
         case EngineDiedError():
-            return InternalError("the engine ended while it ran this request and it was given up; other requests are not affected")
+            return InternalError(
+                "the engine ended each time it ran this request, which was given up; other requests are not affected, "
+                f"and the server's log has more under request id {request_id}"
+            )
         case _:
             return InternalError(f"internal error; the server's log has the details under request id {request_id}")
 
@@ -251,13 +254,13 @@ def install_error_handlers(app: FastAPI) -> None:
 def translated(request: Request, error: Exception) -> ApiError:
     """`as_api_error` with what is known about the request and the application that serves it."""
     services = request.app.state.services
-    return as_api_error(error, request_id=request.state.request_id, limits=services.limits, is_draining=services.admission.is_draining)
+    return as_api_error(error, request_id=request.state.request_id, limits=services.limits)
 
 
 async def _answer_known(request: Request, error: Exception) -> Response:
     told = translated(request, error)
-    if isinstance(error, EngineDiedError):
-        log.error("a generation was given up", error=str(error))
+    if isinstance(told, InternalError):
+        log.error("a request failed", error=str(error))
     if told.is_retryable and told.code is not None:
         request.app.state.services.metrics.refused.labels(code=told.code).inc()
     return error_response(told)

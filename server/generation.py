@@ -80,7 +80,7 @@ class Generations:
                     meter.saw(delta)
                     if delta.finish_reason is FinishReason.ERROR or delta.finish_reason is FinishReason.DEADLINE:
                         reason = delta.finish_reason
-                        raise _failure_of(reason)
+                        raise _failure_of(reason, request_id=delta.request_id)
                     chunk = self._texts[sequence].push(delta)
                     self._arrived.append(Update(sequence, delta, chunk))
                     self._has_news.set()
@@ -96,7 +96,7 @@ class Generations:
             meter.ended(reason)
 
 
-def _failure_of(reason: str) -> Exception:
+def _failure_of(reason: str, *, request_id: str) -> Exception:
     if reason == FinishReason.DEADLINE:
         return DeadlineExceeded("the request's timeout passed before it was finished; raise timeout or ask for less", param="timeout")
-    return InternalError("the generation failed alone; other requests are not affected")
+    return InternalError(f"the generation {request_id} failed alone; other requests are not affected")

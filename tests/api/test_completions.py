@@ -1,5 +1,6 @@
 """`POST /v1/completions`, whole answers: each detail of OpenAI's legacy endpoint that clients rely on."""
 
+import asyncio
 import json
 import math
 import time
@@ -389,6 +390,7 @@ async def test_one_failed_generation_is_a_500_that_tells_nothing_of_the_inside(h
     assert response.status_code == 500
     assert response.json()["error"]["code"] == "internal_error"
     assert response.json()["error"]["type"] == "server_error"
+    assert response.headers["x-request-id"] in response.json()["error"]["message"], "what to look for in the log"
 
 
 async def test_what_the_engine_refuses_is_the_clients_mistake(http: httpx.AsyncClient, engine: FakeEngineClient):
@@ -409,6 +411,21 @@ async def test_a_generation_that_the_engine_does_not_survive_is_a_500_that_is_no
 
     assert (response.status_code, response.json()["error"]["code"]) == (500, "internal_error")
     assert response.headers["x-should-retry"] == "false"
+
+
+async def test_what_no_engine_survives_is_told_so_also_while_the_server_is_shutting_down(
+    http: httpx.AsyncClient, engine: FakeEngineClient, app: FastAPI
+):
+    engine.script = lambda _: [0.05, EngineDiedError("the engine process ended each time")]
+    async with asyncio.TaskGroup() as tasks:
+        running = tasks.create_task(http.post("/v1/completions", json={"prompt": [7]}))
+        while not engine.num_open:
+            await asyncio.sleep(0.001)
+        app.state.services.admission.drain()
+
+    response = running.result()
+    assert (response.status_code, response.json()["error"]["code"]) == (500, "internal_error")
+    assert response.headers["x-request-id"] in response.json()["error"]["message"]
 
 
 async def test_the_openapi_document_describes_the_endpoint(http: httpx.AsyncClient):

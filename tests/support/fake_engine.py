@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from engine.config import ModelConfig
-from engine.errors import EngineDiedError, RequestError
+from engine.errors import NoEngineError, RequestError
 from engine.types import EngineInfo, EngineStats, FinishReason, GenerationRequest, Progress, TokenDelta, TokenLogprob
 
 HANG = float("inf")
@@ -116,7 +116,7 @@ class FakeEngineClient:
     """Follows `script` for every request; `pause_s` passes before each delta.
 
     `refusal` makes the engine refuse every request with that message. `die()` ends it: open generations pause, new ones wait, and all go on
-    with their scripts at `revive()`; deadlines pass meanwhile. `give_up()` ends open generations with `EngineDiedError`, and every later
+    with their scripts at `revive()`; deadlines pass meanwhile. `give_up()` ends open generations with `NoEngineError`, and every later
     one. All may be called from any thread.
     """
 
@@ -165,7 +165,7 @@ class FakeEngineClient:
         """Submit at the first step of the iteration; leaving before the last delta is an abort."""
         self.submitted.append(request)
         if self._is_over or self.info is None:
-            raise EngineDiedError("there is no engine")
+            raise NoEngineError("there is no engine")
         if self.refusal is not None:
             raise RequestError(self.refusal)
         wakeup = self._open[request.request_id] = _Wakeup(asyncio.get_running_loop(), asyncio.Event())
@@ -202,7 +202,7 @@ class FakeEngineClient:
                 async with asyncio.timeout(None if next_s == HANG else next_s - now_s):
                     await wakeup.event.wait()
             wakeup.event.clear()
-        raise EngineDiedError("there is no engine any more")
+        raise NoEngineError("there is no engine any more")
 
     def _wake_all(self) -> None:
         for wakeup in list(self._open.values()):

@@ -10,7 +10,7 @@ from fake_core import CRASHING, CRASHING_LATER, HANGING, REFUSED, FakeCore, engi
 
 from engine.__main__ import EngineLoop
 from engine.client import EngineClient, RemoteEngineClient
-from engine.errors import EngineDiedError, RequestError
+from engine.errors import EngineDiedError, NoEngineError, RequestError
 from engine.messages import Abort, Configure, Deltas, FromServer, Ready, Report, Submit, decode_from_server, encode
 from engine.transport import LoopbackChannel
 from engine.types import EngineStats, FinishReason, Progress, TokenDelta
@@ -174,7 +174,7 @@ async def ready_engine(client: RemoteEngineClient) -> LocalEngine:
 async def test_a_request_before_the_first_engine_is_ready_fails_at_once(client):
     LocalEngine(client)
 
-    with pytest.raises(EngineDiedError, match="no engine has been ready yet"):
+    with pytest.raises(NoEngineError, match="no engine has been ready yet"):
         await collect(client, "a")
 
 
@@ -348,8 +348,9 @@ async def test_only_the_request_that_kills_every_engine_fails(client, poison: in
         if bad.done() and all(task.done() for task in good):
             break
 
-    with pytest.raises(EngineDiedError):
+    with pytest.raises(EngineDiedError) as conviction:
         await bad
+    assert not isinstance(conviction.value, NoEngineError)
     assert [tokens(await task) for task in good] == [[5, 6] * 15] * 6
     assert num_deaths <= 7
     assert not client.is_searching
@@ -390,7 +391,7 @@ async def test_failing_what_is_open_ends_it_here_and_in_the_engine(client):
 
     client.fail_open("the server is shutting down")
 
-    with pytest.raises(EngineDiedError, match="shutting down"):
+    with pytest.raises(NoEngineError, match="shutting down"):
         await task
     await engine.turn()
     assert not engine.core.has_work
@@ -403,9 +404,9 @@ async def test_at_the_end_what_waits_fails_and_nothing_begins_any_more(client):
 
     client.fail_open("the server is shutting down")
 
-    with pytest.raises(EngineDiedError, match="shutting down"):
+    with pytest.raises(NoEngineError, match="shutting down"):
         await task
-    with pytest.raises(EngineDiedError, match="shutting down"):
+    with pytest.raises(NoEngineError, match="shutting down"):
         await collect(client, "b")
     assert client.num_open == 0
 

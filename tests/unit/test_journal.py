@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from engine.errors import EngineDiedError, RequestError
+from engine.errors import EngineDiedError, NoEngineError, RequestError
 from engine.journal import CLEARING_TOKENS, ENGINE_LATENESS_S, Entry, Journal
 from engine.messages import Submit
 from engine.types import FinishReason, TokenDelta, TokenLogprob
@@ -161,7 +161,7 @@ def test_the_end_of_the_server_ends_everything_and_names_what_the_engine_has():
     _, held = open_in(journal, "held")
 
     assert journal.fail_all("shutting down") == ["running"]
-    assert running.end is held.end is EngineDiedError
+    assert running.end is held.end is NoEngineError
     assert len(journal) == journal.num_held == 0
 
 
