@@ -2,10 +2,10 @@
 
 Tenants share the engine by tokens (the virtual token counter of Sheng et al., arXiv:2401.00588): next is the tenant that was charged least,
 and of its sequences the one with the highest priority, then the oldest. A sequence is charged the most it can use, its prompt and
-max_tokens, when it is let in; what it did not use is refunded when it leaves. One that yielded and comes back pays only for what is left
-of it. A tenant gets no credit for a time when it had nobody waiting: it starts level with what the others have received by then. Not with
-what they were charged: they hold tokens in advance, and a newcomer that started behind these would wait until all of them are used or
-refunded.
+max_tokens, when it is let in; what it did not use is refunded when it leaves. One that yielded and comes back is charged anew: a tenant
+that crowds pays for what is computed twice. A tenant gets no credit for a time when it had nobody waiting: it starts level with what the
+others have received by then. Not with what they were charged: they hold tokens in advance, and a newcomer that started behind these would
+wait until all of them are used or refunded.
 
 The scheduler decides when somebody is let in, this file decides who.
 """
@@ -78,7 +78,7 @@ class FairQueue:
     def admit(self, sequence: Sequence) -> None:
         """Let it in and charge its tenant."""
         tenant = self._take_out(sequence)
-        tenant.charge += _num_unused_tokens(sequence) if sequence.num_yields else sequence.max_len
+        tenant.charge += sequence.max_len
         tenant.admitted.add(sequence)
         self._last = tenant
 

@@ -146,20 +146,6 @@ def test_names_without_end_are_not_all_remembered_while_somebody_always_waits() 
     assert queue._tenants["heavy"].charge == 510, "who received most has most to gain from being forgotten"
 
 
-def test_one_that_yields_and_comes_back_pays_no_token_twice() -> None:
-    queue = queue_of(sequence(0, "a", num_prompt=100, max_tokens=20), sequence(1, "b", num_prompt=100, max_tokens=20))
-    yielding = admit(queue)
-    yielding.token_ids += [7] * 5
-    yielding.num_yields += 1
-
-    queue.settle(yielding)
-    queue.add(yielding)
-    assert [admit(queue) for _ in range(2)][1] is yielding
-    end(queue, yielding, num_output=15)
-
-    assert queue._tenants["a"].charge == 120
-
-
 @pytest.mark.parametrize("num_slots", [1, 4])
 @given(lengths=st.lists(st.tuples(st.sampled_from("ab"), st.integers(1, 30), st.integers(1, 30), st.floats(0, 1)), min_size=2, max_size=60))
 def test_tenants_that_wait_all_the_time_receive_alike(num_slots: int, lengths: list[tuple[str, int, int, float]]) -> None:
