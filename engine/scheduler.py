@@ -251,8 +251,8 @@ class Scheduler:
         sequence.num_shared_tokens = 0
 
     def _register_last_block(self, sequence: Sequence) -> None:
-        """All blocks before that of the newest computed token are registered already."""
-        self.cache.insert(sequence, start=max(0, sequence.num_computed_tokens - self.block_size))
+        """All its blocks before that of the newest token are registered; shared ones by others, who may have withdrawn them since."""
+        self.cache.insert(sequence, start=max(sequence.num_shared_tokens, sequence.num_computed_tokens - self.block_size))
 
     def _num_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
