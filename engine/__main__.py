@@ -9,6 +9,7 @@ The server takes silence for a hang, so something is said at least every `SIGN_O
 and before readiness by a thread of its own, because one tensor or program may take minutes.
 
 A process that stands by gets `Prepare` first: it imports, and compiles where that takes no memory of a device, and waits for its time.
+Until then it is what the kernel ends first where memory runs out.
 
 The process ends in three ways: with its connection (status 0), because it cannot start for a reason that a restart does not cure (2, after
 `Failed` with the reason), or by an unexpected exception, traceback on stderr (1; the supervisor starts another). Ctrl-C in the terminal and
@@ -62,6 +63,7 @@ START_FAILED = 2
 CRASHED = 1
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_MOST_EXPENDABLE = 1000  # linux/oom.h
 
 
 class Core(Protocol):
@@ -141,10 +143,11 @@ def run_engine(channel: BlockingChannel, *, builder: Builder, on_disconnect: Cal
     threading.Thread(target=_read, args=(channel, inbox, on_disconnect), name="reader", daemon=True).start()
     configure = inbox.get()
     if isinstance(configure, Prepare):
-        with suppress(EngineError):  # told when it is built
-            builder.prepare(configure.options, backend=configure.backend)
-        _settle_memory()
-        configure = inbox.get()
+        with _first_to_go():
+            with suppress(EngineError):  # told when it is built
+                builder.prepare(configure.options, backend=configure.backend)
+            _settle_memory()
+            configure = inbox.get()
     if configure is None:
         return 0
     if not isinstance(configure, Configure):
@@ -220,6 +223,22 @@ def _read(channel: BlockingChannel, inbox: "queue.SimpleQueue[FromServer | None]
         print(f"engine: {error}", file=sys.stderr)
     inbox.put(None)
     on_disconnect()
+
+
+@contextmanager
+def _first_to_go() -> Iterator[None]:
+    """On Linux, want of memory ends this process before any other while the context lasts: an engine is worth more than its standby."""
+    score = Path("/proc/self/oom_score_adj")
+    before = None
+    with suppress(OSError):
+        before = score.read_text()
+        score.write_text(str(_MOST_EXPENDABLE))
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # allowed down to where it was
+            if before is not None:
+                score.write_text(before)
 
 
 @contextmanager

@@ -97,6 +97,7 @@ class BlockingChannel:
     def __init__(self, sock: socket.socket, *, send_timeout_s: float = SEND_TIMEOUT_S) -> None:
         self._socket = sock
         self._sending = threading.Lock()
+        sock.set_inheritable(False)  # nothing that this process starts may hold the connection open after its death
         sock.setblocking(True)
         seconds = int(send_timeout_s)
         timeval = struct.pack("ll", seconds, int((send_timeout_s - seconds) * 1e6))

@@ -63,6 +63,11 @@ def ignores_sigterm(pid: int) -> bool:
     return bool(int(mask, 16) >> (signal.SIGTERM - 1) & 1)
 
 
+def oom_score(pid: int) -> int:
+    """The higher, the earlier the kernel ends it for want of memory."""
+    return int(Path(f"/proc/{pid}/oom_score_adj").read_text())
+
+
 def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
@@ -194,6 +199,7 @@ async def test_a_process_that_stands_by_becomes_the_next_engine_and_is_woken_if_
     async def check(supervisor: Supervisor, notes: Notes) -> None:
         await eventually(lambda: len(engine_pids()) == 2)
         first, standby = engine_pids()
+        await eventually(lambda: oom_score(standby) == 1000)
         if stop is not None:
             os.kill(standby, stop)
 
@@ -202,6 +208,7 @@ async def test_a_process_that_stands_by_becomes_the_next_engine_and_is_woken_if_
         await eventually(lambda: notes.num_ready == 2)
         assert [delta async for delta in supervisor.client.generate(request("a"))]
         assert engine_pids()[0] == standby
+        assert oom_score(standby) == oom_score(os.getpid()), "want of memory may end it as any other, but not before any other"
         await eventually(lambda: len(engine_pids()) == 2)
 
     notes = await run_engine_with(check, standby_delay_s=0.0, stall_timeout_s=5.0)

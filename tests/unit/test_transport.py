@@ -54,6 +54,16 @@ def test_a_frame_of_another_version_is_refused_by_both_numbers():
         FrameParser().feed(struct.pack("<BI", 9, 0))
 
 
+def test_no_child_of_the_engine_can_keep_its_connection_open():
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.set_inheritable(True)  # as it is handed to the engine
+
+        BlockingChannel(theirs)
+
+        assert not theirs.get_inheritable()
+
+
 def test_a_length_over_the_limit_is_refused_before_its_bytes_come():
     with pytest.raises(TransportError, match="over the limit"):
         FrameParser().feed(struct.pack("<BI", PROTOCOL_VERSION, MAX_FRAME_BYTES + 1))
