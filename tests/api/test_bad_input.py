@@ -69,7 +69,7 @@ REFUSED: list[tuple[dict[str, Any], str | None]] = [
     ({"n": 0}, "n"),
     ({"n": 129}, "n"),
     ({"n": 1.0}, "n"),
-    ({"prompt": ["a"] * 5, "n": 100}, "n"),
+    ({"prompt": ["a"] * 3, "n": 86}, "n"),
     ({"best_of": 21}, "best_of"),
     ({"best_of": -1}, "best_of"),
     ({"best_of": 2, "n": 3}, "best_of"),
@@ -107,7 +107,6 @@ REFUSED: list[tuple[dict[str, Any], str | None]] = [
     ({"logit_bias": {"5": True}}, "logit_bias"),
     ({"logit_bias": {"5": float("nan")}}, "logit_bias"),
     ({"logit_bias": {"5": None}}, "logit_bias"),
-    ({"logit_bias": {str(key): 1 for key in range(1025)}}, "logit_bias"),
     ({"presence_penalty": -2.1}, "presence_penalty"),
     ({"frequency_penalty": 2.1}, "frequency_penalty"),
     ({"user": 5}, "user"),
@@ -162,11 +161,13 @@ ACCEPTED: list[dict[str, Any]] = [
     {"seed": -INT64},
     {"logit_bias": {"0": 100, str(VOCAB_SIZE - 1): -100}},
     {"prompt": ["a"] * 128, "max_tokens": 1},
+    {"prompt": ["a"] * 2, "n": 128, "max_tokens": 1},
     {"prompt": [1] * 255, "max_tokens": 1},
     {"prompt": [1] * 256, "max_tokens": 0},
     {"prompt": "\x00\r\n\u2028\U0001f600"},
     {"top_k": INT64 - 1},
     {"stop_token_ids": []},
+    {"stop_token_ids": [1] * 128},
     {"repetition_penalty": 0.01},
     {"repetition_penalty": 100},
     {"timeout": 3600},
@@ -326,6 +327,17 @@ def test_fields_are_taken_up_to_the_limit_and_refused_past_it(server: Server):
     assert at_limit.headers["x-ignored-fields"].endswith("unknown15, ...")
     assert past_it.status_code == the_same_again.status_code == 400
     assert "256 fields" in past_it.json()["error"]["message"]
+
+
+def test_biases_are_taken_up_to_the_limit_and_refused_past_it():
+    server = Server(FakeEngineClient(), limits=Limits(max_logit_bias=3))
+
+    def answer(num_entries: int) -> httpx.Response:
+        return server.post(json.dumps({"prompt": [7], "logit_bias": {str(token): 1 for token in range(num_entries)}}).encode())
+
+    assert answer(3).status_code == 200
+    assert answer(4).status_code == 400
+    assert answer(4).json()["error"]["message"] == "logit_bias has 4 entries, the limit is 3"
 
 
 def test_a_nested_object_is_not_counted_as_fields(server: Server):
