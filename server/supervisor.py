@@ -2,8 +2,8 @@
 
 A death is answered with a new process, at once the first time and after growing pauses while deaths repeat before anything was computed.
 What becomes of the generations that ran in the dead one is the client's business; while it searches for the one to blame, nothing pauses. A
-process that its `Watchdog` finds hanging is killed, which makes a hang one more death. An engine that says why it cannot start (`Failed`)
-is not tried again.
+process that its `Watchdog` finds hanging is killed, which makes a hang one more death. The first engine that says why it cannot start
+(`Failed`) is not tried again; a later one is, because the same options have worked: memory may be free, or a disk back, a moment later.
 
 Beside an engine that is ready another process stands by, with imports and on a CPU all compiling behind it, but no weights and no memory of
 a device: it becomes the next engine.
@@ -105,7 +105,7 @@ class Supervisor:
             cause = await self._run_one_engine()
             if self._stopping.is_set():
                 return
-            if self.client.failure is not None:
+            if self.client.failure is not None and self.client.info is None:
                 raise EngineStartError(self.client.failure, exit_status=2)
             ready_s = 0.0 if self._ready_since_s is None else time.monotonic() - self._ready_since_s
             num_failed_starts = num_failed_starts + 1 if self._ready_since_s is None else 0
@@ -200,6 +200,8 @@ class Supervisor:
         """How the process ended, by its exit status, negative for a signal."""
         if self._stalled_s is not None:
             return f"made no progress for {self._stalled_s:g} s and was killed"
+        if self.client.failure is not None:
+            return f"could not start ({self.client.failure})"
         return f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
 
 

@@ -253,6 +253,26 @@ async def test_where_no_process_can_be_started_the_engine_is_still_watched_and_i
 
 
 @pytest.mark.anyio
+async def test_a_later_start_that_fails_for_a_reason_is_tried_again_because_the_first_one_worked(tmp_path):
+    start, program = tmp_path / "start", tmp_path / "engine"
+    start.write_text("ok")
+    program.write_text(f'#!/bin/sh\nexec {" ".join(ENGINE)} --start "$(cat {start})" "$@"\n')
+    program.chmod(0o700)
+
+    async def check(supervisor: Supervisor, notes: Notes) -> None:  # noqa: ARG001
+        start.write_text("fail")
+        os.kill(engine_pid(), signal.SIGKILL)
+        await eventually(lambda: len(notes.deaths) >= 2)
+        start.write_text("ok")
+        await eventually(lambda: notes.num_ready == 2)
+
+    notes = await run_engine_with(check, command=(str(program),))
+
+    assert notes.deaths[0] == "was ended by signal 9"
+    assert notes.deaths[1].startswith("could not start (tensor00003_000: expected")
+
+
+@pytest.mark.anyio
 async def test_a_start_that_lives_but_makes_no_progress_is_given_up_in_the_end():
     notes = Notes()
     supervisor = Supervisor(engine_options(), watcher=notes, command=(*ENGINE, "--start", "slow"), start_timeout_s=1.0)
