@@ -15,9 +15,9 @@ everybody else, and computes again what the prefix cache has lost by then. Three
 - Preemptions of one sequence are bounded. One that gave way `MAX_PREEMPTIONS` times is admitted only when the pool holds all that it and
   the running sequences may ever need. All its elders are among these, so once its juniors have given way, nobody can lack a block.
 
-Slots are shared between tenants as they come and go. Where all are taken and the one whose turn it is belongs to a tenant that runs at
-least two sequences fewer than another, the other's youngest yields: it queues again as a newcomer of the same age, and finds what it
-computed in the prefix cache when it comes back. The oldest never yields, and no sequence more than `MAX_YIELDS` times.
+Slots and blocks are shared between tenants as they come and go. Where the one whose turn it is lacks either, nobody is preempted, and its
+tenant runs at least two sequences fewer than another, the other's youngest yields: it queues again as a newcomer of the same age, and
+finds what it computed in the prefix cache when it comes back. The oldest never yields, and no sequence more than `MAX_YIELDS` times.
 """
 
 from dataclasses import dataclass
@@ -120,21 +120,34 @@ class Scheduler:
         return Schedule(items=tuple(items), admitted=tuple(admitted))
 
     def _make_way(self) -> list[Sequence]:
-        """Where every slot is taken, let the youngest of a crowding tenant yield theirs; returns for whom."""
-        if self._free_slots or self._preempted:
+        """Where slots or blocks are lacking, let the youngest of a crowding tenant yield theirs; returns for whom."""
+        if self._preempted:
             return []
         heirs, crowd = self._newcomers.exchange()
-        if not heirs or not self._fits(heirs[0], self.cache.lookup(heirs[0])):
+        if not heirs:
             return []
-        yielding = [each for each in self.running[1:] if each in crowd and each.num_yields < MAX_YIELDS][-len(heirs) :]
-        for sequence in reversed(yielding):
-            self.running.remove(sequence)
-            self._release(sequence)
-            sequence.num_yields += 1
-            sequence.rank = None
-            self._newcomers.settle(sequence)
-            self._newcomers.add(sequence)
-        return heirs[: len(yielding)]
+        has_blocks = self._fits(heirs[0], self.cache.lookup(heirs[0]))
+        if has_blocks and self._free_slots:
+            return []
+        able = [each for each in self.running[1:] if each in crowd and each.num_yields < MAX_YIELDS][-len(heirs) :]
+        if has_blocks:
+            for sequence in reversed(able):
+                self._yield(sequence)
+            return heirs[: len(able)]
+        if self._num_blocks(heirs[0].num_tokens) > self.pool.num_free - self._watermark + sum(len(each.block_ids) for each in able):
+            return []
+        while able and not self._fits(heirs[0], self.cache.lookup(heirs[0])):
+            self._yield(able.pop())
+        return heirs[:1]
+
+    def _yield(self, sequence: Sequence) -> None:
+        """Back into the queue of its tenant."""
+        self.running.remove(sequence)
+        self._release(sequence)
+        sequence.num_yields += 1
+        sequence.rank = None
+        self._newcomers.settle(sequence)
+        self._newcomers.add(sequence)
 
     def _go_on(self) -> tuple[list[ScheduledTokens], list[Sequence]]:
         """Schedule every sequence that needs a single token; returns also those that need more.

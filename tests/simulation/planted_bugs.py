@@ -130,7 +130,7 @@ BUGS: dict[str, tuple[Change, ...]] = {
     ),
     "the oldest is preempted": (Change(Scheduler, "_extend", "self.running.pop()", "self.running.pop(0)"),),
     "preemptions have no bound": (Change(Scheduler, "_fits", "if sequence.num_preemptions < MAX_PREEMPTIONS:", "if True:"),),
-    "who yields a slot keeps its rank": (Change(Scheduler, "_make_way", "sequence.rank = None", "pass"),),
+    "who yields a slot keeps its rank": (Change(Scheduler, "_yield", "sequence.rank = None", "pass"),),
     "newcomers overtake the preempted": (
         Change(
             Scheduler,

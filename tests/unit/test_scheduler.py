@@ -485,6 +485,31 @@ def test_a_crowding_tenant_yields_its_youngest_until_both_run_as_many() -> None:
     assert [each.arrival for each in scheduler.waiting[:4]] == [4, 5, 6, 7], "who yielded goes before those of its tenant that came later"
 
 
+def test_a_tenant_that_fills_the_pool_yields_blocks_to_one_that_runs_nothing() -> None:
+    scheduler = scheduler_of(num_blocks=61, budget=256)
+    for arrival in range(6):
+        add(scheduler, arrival, 38, first=100 * arrival, max_tokens=200, tenant="large")
+    step(scheduler)
+    small = add(scheduler, 6, 30, first=900, max_tokens=2, tenant="small")
+
+    step(scheduler)
+
+    assert small.slot is not None
+    assert {each.num_yields for each in scheduler.waiting} <= {0, 1}
+
+
+def test_nobody_yields_where_that_would_not_make_enough_room() -> None:
+    scheduler = scheduler_of(num_blocks=60, max_num_seqs=3, budget=64)
+    large = [add(scheduler, arrival, 60, first=100 * arrival, max_tokens=20, tenant="large") for arrival in range(3)]
+    for _ in range(4):
+        step(scheduler)
+    add(scheduler, 3, 200, first=900, max_tokens=2, tenant="small")
+
+    step(scheduler)
+
+    assert [each.num_yields for each in large] == [0, 0, 0]
+
+
 def test_one_sequence_yields_a_bounded_number_of_times_and_the_oldest_never() -> None:
     scheduler = scheduler_of(max_num_seqs=2, budget=64)
     old, young = add(scheduler, 0, 10, max_tokens=500, tenant="large"), add(scheduler, 1, 10, max_tokens=500, tenant="large")
