@@ -126,19 +126,26 @@ class Scheduler:
         heirs, crowd = self._newcomers.exchange()
         if not heirs:
             return []
-        has_blocks = self._fits(heirs[0], self.cache.lookup(heirs[0]))
+        hit = self.cache.lookup(heirs[0])
+        has_blocks = self._fits(heirs[0], hit)
         if has_blocks and self._free_slots:
             return []
         able = [each for each in self.running[1:] if each in crowd and each.num_yields < MAX_YIELDS][-len(heirs) :]
+        if self._num_wanted_tokens(without=able) >= self.config.max_num_batched_tokens:
+            return []
         if has_blocks:
             for sequence in reversed(able):
                 self._yield(sequence)
             return heirs[: len(able)]
         if self._num_blocks(heirs[0].num_tokens) > self.pool.num_free - self._watermark + sum(len(each.block_ids) for each in able):
             return []
-        while able and not self._fits(heirs[0], self.cache.lookup(heirs[0])):
+        while able and not self._fits(heirs[0], hit):
             self._yield(able.pop())
         return heirs[:1]
+
+    def _num_wanted_tokens(self, *, without: list[Sequence]) -> int:
+        """What the others have left to compute: where that takes a whole step, a slot that is freed would stay empty."""
+        return sum(each.num_remaining_tokens for each in self.running) - sum(each.num_remaining_tokens for each in without)
 
     def _yield(self, sequence: Sequence) -> None:
         """Back into the queue of its tenant."""

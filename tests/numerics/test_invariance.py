@@ -35,11 +35,13 @@ MODEL = small_model(
     ffn_size=200,
     eos_token=2,
 )
-CONFIG = engine_config(MODEL, block_size=4, num_blocks=96, max_num_batched_tokens=40, max_model_len=96)
+CONFIG = engine_config(  # rows for 16 sequences in the small bucket, for 24 in the full one
+    MODEL, block_size=4, num_blocks=96, max_num_seqs=24, max_num_batched_tokens=40, max_model_len=96
+)
 INFO = EngineInfo(
     vocab_size=MODEL.vocab_size,
     max_model_len=96,
-    max_num_seqs=8,
+    max_num_seqs=24,
     max_num_batched_tokens=40,
     max_logprobs=20,
     block_size=4,

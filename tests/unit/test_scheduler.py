@@ -498,6 +498,20 @@ def test_a_tenant_that_fills_the_pool_yields_blocks_to_one_that_runs_nothing() -
     assert {each.num_yields for each in scheduler.waiting} <= {0, 1}
 
 
+def test_nobody_yields_a_slot_while_a_prompt_takes_every_token_that_its_heir_would_need() -> None:
+    scheduler = scheduler_of(num_blocks=400, max_num_seqs=4, budget=16)
+    large = [add(scheduler, arrival, 2, first=50 * arrival, max_tokens=300, tenant="large") for arrival in range(3)]
+    step(scheduler)
+    add(scheduler, 3, 100, first=500, max_tokens=2, tenant="small")
+    step(scheduler)
+    add(scheduler, 4, 2, first=900, max_tokens=2, tenant="small")
+
+    for _ in range(4):
+        step(scheduler)
+
+    assert [each.num_yields for each in large] == [0, 0, 0]
+
+
 def test_nobody_yields_where_that_would_not_make_enough_room() -> None:
     scheduler = scheduler_of(num_blocks=60, max_num_seqs=3, budget=64)
     large = [add(scheduler, arrival, 60, first=100 * arrival, max_tokens=20, tenant="large") for arrival in range(3)]
