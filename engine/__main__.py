@@ -57,6 +57,7 @@ if TYPE_CHECKING:  # it imports jax
     from engine.programs import Programs
 
 SIGN_OF_LIFE_S = 0.5  # at most this long, and a step, without a message
+SLOT_BYTES_PER_TOKEN = 10  # of the vocabulary, per running sequence: counts, biases and two flags (`engine/sampling.py`)
 WORKSPACE_BYTES = 2 << 30  # of an accelerator: activations and what the programs themselves take
 
 START_FAILED = 2
@@ -209,10 +210,11 @@ def _prepare_environment(options: EngineOptions) -> None:
 
 
 def _free_bytes(options: EngineOptions, memory_stats: dict[str, int]) -> int:
-    """What the devices of one data shard have left for the cache once weights (as large as their files) and workspace are in place."""
+    """What the devices of one data shard have left for the cache beside weights (as large as their files), slots and workspace."""
     num_devices = options.mesh.expert * options.mesh.tensor
     weight_bytes = sum(path.stat().st_size for path in Path(options.model_dir).rglob("tensor*"))
-    return num_devices * (memory_stats.get("bytes_limit", 0) - WORKSPACE_BYTES) - weight_bytes
+    slot_bytes = SLOT_BYTES_PER_TOKEN * options.scheduler.max_num_seqs * options.model.vocab_size  # on every device
+    return num_devices * (memory_stats.get("bytes_limit", 0) - WORKSPACE_BYTES - slot_bytes) - weight_bytes
 
 
 def _read(channel: BlockingChannel, inbox: "queue.SimpleQueue[FromServer | None]", on_disconnect: Callable[[], None]) -> None:

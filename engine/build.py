@@ -43,9 +43,7 @@ def build_engine(config: EngineConfig, *, report: Callable[[Progress], None], pr
         compiling = None
     params = load_params(checkpoint, config.model, dtype=config.dtype, mesh=mesh, keep_int8=_keeps_int8(), report=report)
     load_s = time.monotonic() - start
-    if compiling is not None:
-        compiling.result()
-    compile_s = time.monotonic() - start
+    compile_s = 0.0 if compiling is None else compiling.result()
     runner = ModelRunner(config, params, mesh, programs)
     info = EngineInfo(
         vocab_size=config.model.vocab_size,
@@ -79,10 +77,13 @@ def compile_ahead(config: EngineConfig) -> Programs:
     return programs
 
 
-def _compile(programs: Programs, config: EngineConfig, report: Callable[[Progress], None]) -> None:
+def _compile(programs: Programs, config: EngineConfig, report: Callable[[Progress], None]) -> float:
+    """Returns how many seconds it took."""
+    start = time.monotonic()
     programs.compile(report)
     if config.compile_cache_dir is not None and programs.num_cached < programs.num_compiled:
         drop_damaged_entries(Path(config.compile_cache_dir))
+    return time.monotonic() - start
 
 
 def _param_shapes(checkpoint: Checkpoint, config: EngineConfig, mesh: Mesh) -> Params:
