@@ -306,7 +306,7 @@ def test_open_streams_are_told_when_there_will_be_no_engine(live_url: str, engin
         *_, last = (line for line in lines if line)
 
     assert json.loads(first.removeprefix("data: "))["choices"]
-    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "internal_error"
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "shutting_down"
 
 
 def test_a_stream_is_not_disturbed_by_one_that_fails(live_url: str, engine: FakeEngineClient):

@@ -42,14 +42,15 @@ class Deaf:
     def engine_died(self, cause: str, *, pause_s: float) -> None: ...
 
 
-def engine_pid(server_pid: int) -> int:
-    """The oldest child of its server, because a process that stands by is younger; 0 while there is none."""
+def engine_pid(server_pid: int, *, program: str = "engine") -> int:
+    """The oldest child of its server that runs `program`, because a process that stands by is younger; 0 while there is none."""
 
     def start_ticks(pid: int) -> int:
         return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19])
 
     pids = Path(f"/proc/{server_pid}/task/{server_pid}/children").read_text().split()
-    return min(map(int, pids), key=start_ticks, default=0)
+    engines = [int(pid) for pid in pids if program.encode() in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")]
+    return min(engines, key=start_ticks, default=0)
 
 
 async def with_fake_engine(check: Callable[[Supervisor], Awaitable[None]], *, stall_timeout_s: float = 30.0) -> None:
@@ -94,7 +95,7 @@ async def test_no_stream_loses_or_repeats_a_token_when_the_engine_dies_or_hangs(
             for _ in range(3 if signum == signal.SIGKILL else 1):
                 await until_ready(supervisor)
                 await anyio.sleep(moments.uniform(0.02, 0.25))
-                os.kill(engine_pid(os.getpid()), signum)
+                os.kill(engine_pid(os.getpid(), program=FAKE_ENGINE[1]), signum)
                 with anyio.fail_after(30):
                     while supervisor.client.is_ready:
                         await anyio.sleep(0.005)
