@@ -149,8 +149,9 @@ class EngineChecks:
         assert count <= limit, "preempted too often"
 
     def _check_forgotten(self, failed: Sequence) -> None:
-        """Nobody finds what a failed sequence computed, unless a companion that computes the same has not failed yet."""
-        companions = [each for each in self._core.scheduler.running if each.block_keys[:1] == failed.block_keys[:1]]
+        """Nobody finds what a failed sequence computed, unless a companion that computes the same has not failed yet, or just left."""
+        others = (*self._before.running, *self._core.scheduler.running, *self._core.scheduler.waiting)
+        companions = [each for each in others if each is not failed and each.block_keys[:1] == failed.block_keys[:1]]
         assert companions or not any(key in self._core.cache._entries for key in failed.block_keys), "what failed can still be found"
 
 

@@ -96,6 +96,6 @@ class Listener:
         assert outcome != "finished" or not plan.is_refused or plan.request.deadline_s, "a request was served that can never fit"
         if plan.request.deadline_s is not None and not plan.reading_s:
             latest_s = plan.request.deadline_s + LATENESS_S
-            if not self._world.client.is_ready:
+            if not self._world.client.is_ready and not self._world.is_stopping:  # a stop ends all at its own moment
                 latest_s = min(latest_s, max(plan.request.deadline_s, self._world.engine_gone_s) + 1e-9)
             assert self._world.loop.now_s <= latest_s, "ended long after its deadline"
