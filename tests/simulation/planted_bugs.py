@@ -203,6 +203,7 @@ def _changed(change: Change) -> Iterator[None]:
     if source.count(change.right) != 1:
         raise LookupError(f"{change.function} has no single {change.right!r}; plant the bug anew for the code as it is:\n{source}")
     namespace: dict[str, object] = {}
+    # The project's own source with one piece replaced: a bug inside a function cannot be planted by a subclass.
     exec(compile(source.replace(change.right, change.wrong), f"<{change.function} with a bug>", "exec"), original.__globals__, namespace)
     setattr(change.owner, change.function, namespace[change.function])
     try:
