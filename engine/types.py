@@ -16,6 +16,7 @@ class FinishReason(StrEnum):
     STOP = "stop"  # an end token, or (decided outside the engine) a stop string
     LENGTH = "length"  # max_tokens, or the end of the context
     ERROR = "error"  # this generation failed alone, e.g. non-finite logits
+    GRAMMAR = "grammar"  # its grammar went past its limits, or does not compile
     DEADLINE = "deadline"  # its time is up
 
 
@@ -36,6 +37,8 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logit_bias: Mapping[int, float] = field(default_factory=dict[int, float])
+    allowed_token_ids: tuple[int, ...] = ()  # only these may be chosen; empty: all
+    bad_words: tuple[tuple[int, ...], ...] = ()  # runs of tokens that must not come about
     logprobs: int | None = None  # top entries per generated token; 0 gives the chosen token's alone
     prompt_logprobs: int | None = None  # the same for every prompt token but the first
 
@@ -58,6 +61,7 @@ class GenerationRequest:
     tenant: str = ""  # opaque; tenants share the engine fairly
     priority: int = 0  # within the tenant; the higher goes first
     cache_salt: str = ""  # requests find each other's cached prefixes only under the same salt
+    grammar: str | None = None  # what the text must match, in the form of `engine/grammar.py`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
