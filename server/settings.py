@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
 import yaml
-from pydantic import ByteSize, Field, ValidationError
-from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic import BeforeValidator, ByteSize, Field, InstanceOf, ValidationError
+from pydantic_settings import BaseSettings, InitSettingsSource, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 import configs
 from engine.config import EngineOptions, MeshConfig, ModelConfig, SchedulerConfig, read_model_config
 from engine.errors import ConfigError
+from server.api_keys import ApiKey, ApiKeys, read_key_file, read_keys
 from server.limits import Limits
 
 ENV_PREFIX = "GROK_SERVER_"
@@ -38,10 +39,27 @@ ALIASES = {
     "page_size": "block_size",
 }
 
+SECRETS = frozenset({"api_key"})  # fields whose values no message repeats
+
+
+def _each(value: object) -> list[str]:
+    """One text with commas, or a list of them: a flag that was repeated, a YAML list."""
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in cast("list[object]", texts)):
+        raise ValueError("must be text, or a list of texts")
+    return [part.strip() for text in cast("list[str]", texts) for part in text.split(",")]
+
+
+def _digested(value: object) -> tuple[ApiKey, ...]:
+    return read_keys(",".join(_each(value)))
+
+
 _LIMITS = Limits()
 _Count = Annotated[int, Field(ge=1)]
 _Bound = Annotated[int, Field(ge=0)]
 _Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_Keys = Annotated[tuple[InstanceOf[ApiKey], ...], NoDecode, BeforeValidator(_digested)]
+_Texts = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_each)]
 
 
 class Settings(BaseSettings):
@@ -84,6 +102,16 @@ class Settings(BaseSettings):
     # the server
     host: str = Field("127.0.0.1", min_length=1, description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes any free one")
+    api_key: _Keys = Field(
+        (), description="key that every request needs then, probes aside; several by repeating or with commas. Better in a file: others on "
+        "the machine see the arguments of processes"
+    )
+    api_key_file: Path | None = Field(None, description="file with one key a line, if wanted with a space and a name behind it")
+    allowed_origins: _Texts = Field((), description="web pages' origins that browsers let in, * for all; several by repeating or with commas")
+    metrics_port: int | None = Field(
+        None, ge=0, le=65535, description="serve /metrics on this port instead, without a key (default: on the same port, with one)"
+    )
+    metrics_host: str = Field("127.0.0.1", min_length=1, description="address of the metrics port")
     shutdown_notice: float = Field(
         1.0, ge=0, allow_inf_nan=False, description="seconds after SIGTERM in which requests are still taken, while /readyz fails already"
     )
@@ -117,6 +145,7 @@ class Settings(BaseSettings):
     max_stop_chars: _Count = Field(_LIMITS.max_stop_chars, description="characters of one stop string")
     max_stop_token_ids: _Bound = Field(_LIMITS.max_stop_token_ids, description="stop token ids of one request")
     max_logit_bias: _Bound = Field(_LIMITS.max_logit_bias, description="entries of one logit_bias")
+    max_bad_words: _Bound = Field(_LIMITS.max_bad_words, description="bad words of one request")
     max_cache_salt_chars: _Count = Field(_LIMITS.max_cache_salt_chars, description="characters of one cache_salt")
     max_timeout_s: _Seconds = Field(_LIMITS.max_timeout_s, description="longest timeout that a request may ask for, in seconds")
     max_fields: _Count = Field(_LIMITS.max_fields, description="fields at the top of a body, unknown ones included")
@@ -133,6 +162,10 @@ class Settings(BaseSettings):
         """The limits' part of the settings."""
         renamed = {"max_queued_sequences": "max_num_queued_reqs", "max_queued_tokens": "max_num_queued_tokens"}
         return Limits(**{field.name: getattr(self, renamed.get(field.name, field.name)) for field in fields(Limits)})
+
+    def read_keys(self) -> ApiKeys:
+        """All keys, the file's among them. Raises `ConfigError` for a file that is wrong."""
+        return ApiKeys([*self.api_key, *(read_key_file(self.api_key_file) if self.api_key_file is not None else ())])
 
     @property
     def model_dir(self) -> Path:
@@ -176,7 +209,8 @@ def load_settings(flags: Mapping[str, Any]) -> Settings:
         first = error.errors(include_url=False, include_context=False)[0]
         name = str(first["loc"][0]) if first["loc"] else "settings"
         complaint = first["msg"].removeprefix("Value error, ")
-        raise ConfigError(f"{flag_name(name)}: {complaint[:1].lower()}{complaint[1:]}, found {first['input']!r}") from None
+        found = "" if name in SECRETS else f", found {first['input']!r}"
+        raise ConfigError(f"{flag_name(name)}: {complaint[:1].lower()}{complaint[1:]}{found}") from None
 
 
 def field_name(name: str) -> str:

@@ -6,20 +6,17 @@ leaves cancels the writer where it waits, and with it everything the request run
 """
 
 import asyncio
-from collections.abc import Callable, Coroutine, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Coroutine, Iterable, Mapping
+from typing import Any, Protocol, TypeVar
 
-import msgspec
 import structlog
 from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 from starlette.requests import ClientDisconnect
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from server.answer import CompletionAnswer
-from server.errors import ApiError, InternalError, error_body
+from server.errors import ApiError, InternalError
 from server.generation import Generations, Update
-from server.schemas.completions import Completion
 
 log = structlog.get_logger(__name__)
 
@@ -27,8 +24,6 @@ Result = TypeVar("Result")
 Translation = Callable[[Exception], ApiError]
 
 STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-
-_encoder = msgspec.json.Encoder()
 
 
 async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
@@ -50,10 +45,22 @@ async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, Result
     return result  # pyright: ignore[reportReturnType]
 
 
-class CompletionStream(StreamingResponse):
-    """The streamed answer to one completions request. Raises, like a route, what goes wrong before the first byte."""
+class StreamedAnswer(Protocol):
+    """What is written: see `server/answers/answer.py`."""
 
-    def __init__(self, answer: CompletionAnswer, *, keep_alive_s: float, translate: Translation, headers: Mapping[str, str]) -> None:
+    @property
+    def num_sequences(self) -> int: ...
+    def run(self) -> Generations: ...
+    def opening(self) -> list[bytes]: ...
+    def events(self, updates: Iterable[Update]) -> list[bytes]: ...
+    def closing(self) -> list[bytes]: ...
+    def failure(self, error: ApiError) -> list[bytes]: ...
+
+
+class EventStream(StreamingResponse):
+    """A streamed answer. Raises, like a route, what goes wrong before the first byte."""
+
+    def __init__(self, answer: StreamedAnswer, *, keep_alive_s: float, translate: Translation, headers: Mapping[str, str]) -> None:
         super().__init__((), media_type="text/event-stream", headers={**STREAM_HEADERS, **headers})
         self._answer = answer
         self._keep_alive_s = keep_alive_s
@@ -75,30 +82,28 @@ class CompletionStream(StreamingResponse):
             self._has_started = True
             writer = _EventWriter(send, keep_alive_s=self._keep_alive_s)
             try:
+                if opening := self._answer.opening():
+                    await writer.write(opening)
                 await self._write_pieces(updates, generations=generations, writer=writer)
-                await writer.write(self._ending())
+                await writer.write(self._answer.closing())
             except Exception as error:
-                await writer.write([self._failure(error)])
+                await writer.write(self._failure(error))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _write_pieces(self, updates: list[Update], *, generations: Generations, writer: "_EventWriter") -> None:
         num_open = self._answer.num_sequences
         while True:
             num_open -= sum(update.chunk.finish_reason is not None for update in updates)
-            await writer.write([_event(self._answer.chunk([piece])) for piece in self._answer.pieces(updates)])
+            await writer.write(self._answer.events(updates))
             if not num_open:
                 return
             updates = await generations.next_updates(patience_s=self._keep_alive_s)
 
-    def _ending(self) -> list[bytes]:
-        done = format_sse_event(data_str="[DONE]")
-        return [_event(self._answer.chunk([], usage=self._answer.usage())), done] if self._answer.plan.include_usage else [done]
-
-    def _failure(self, error: Exception) -> bytes:
+    def _failure(self, error: Exception) -> list[bytes]:
         told = self._translate(error)
         if isinstance(told, InternalError):
             log.error("a stream failed after it began", exc_info=error)
-        return format_sse_event(data_str=_encoder.encode(error_body(told)).decode())
+        return self._answer.failure(told)
 
 
 class _EventWriter:
@@ -118,8 +123,9 @@ class _EventWriter:
         await self._send({"type": "http.response.body", "body": b"".join(events) or KEEPALIVE_COMMENT, "more_body": True})
 
 
-def _event(chunk: Completion) -> bytes:
-    return format_sse_event(data_str=_encoder.encode(chunk).decode())
+def event(data: bytes, *, name: str | None = None) -> bytes:
+    """One server-sent event of one line of data."""
+    return format_sse_event(data_str=data.decode(), event=name)
 
 
 async def _outcome(work: Coroutine[Any, Any, Result]) -> tuple[Result | None, Exception | None]:

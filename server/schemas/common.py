@@ -4,10 +4,13 @@ Types are strict: `true` is not 1, `"5"` is not 5, NaN is not a number. `null` m
 table of limits are checked by `server/preprocess.py`, the others here.
 """
 
-from typing import Annotated, Any, ClassVar, cast
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Self, cast
 
 import msgspec
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema, model_validator
+
+from server.limits import Limits
 
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 MAX_PRIORITY = 1000
@@ -19,6 +22,11 @@ class WireModel(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, frozen=True, protected_namespaces=())
 
     not_an_object: ClassVar[str] = "must be an object"  # said after the name of the field that holds one
+
+    @classmethod
+    def from_body(cls, body: bytes, *, limits: Limits) -> Self:
+        """Read a request body. Raises pydantic's `ValidationError`, which `server/errors.py` translates."""
+        return cls.model_validate_json(body, context={"limits": limits})
 
     @model_validator(mode="before")
     @classmethod
@@ -63,6 +71,28 @@ StopStrings = Annotated[
     PlainValidator(_stop_strings),
     WithJsonSchema({"anyOf": [{"type": "string", "minLength": 1}, {"type": "array", "items": {"type": "string", "minLength": 1}}]}),
 ]
+
+
+def _words(value: Any) -> tuple[str, ...]:
+    words = cast("list[Any]", value)
+    if not isinstance(value, list) or set(map(type, words)) - {str} or "" in words:
+        raise ValueError("must be a list of strings that are not empty")
+    return tuple(words)
+
+
+def _some_token_ids(value: Any) -> tuple[int, ...]:
+    ids = _token_ids(value)
+    if not ids:
+        raise ValueError("is empty, so that no token could be chosen; leave it out to allow all")
+    return ids
+
+
+Words = Annotated[tuple[str, ...], PlainValidator(_words), WithJsonSchema({"type": "array", "items": {"type": "string", "minLength": 1}})]
+SomeTokenIds = Annotated[
+    tuple[int, ...],
+    PlainValidator(_some_token_ids),
+    WithJsonSchema({"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}}),
+]
 LogitBias = Annotated[
     dict[str, Any],
     PlainValidator(_object),
@@ -81,7 +111,20 @@ class SamplingFields(WireModel):
     """How tokens are chosen: OpenAI's fields, then the extra ones other servers have taught clients."""
 
     not_an_object: ClassVar[str] = "the body must be a JSON object"
+    refused_fields: ClassVar[Mapping[str, str]] = {  # not among the fields, but ignoring them would change what is meant; why they are not
+        "use_beam_search": "use best_of, or ask for less temperature",
+        "length_penalty": "it belongs to beam search",
+        "prompt_embeds": "send the prompt as text or token ids",
+        "logits_processors": "no code of a client is run",
+        "dynatemp_range": "temperature is one number",
+        "typical_p": "use top_p or min_p",
+        "mirostat": "use top_p or min_p",
+        "dry_multiplier": "use frequency_penalty or repetition_penalty",
+        "xtc_probability": "use temperature",
+        "thinking_token_budget": "the model does not think aloud",
+    }
 
+    model: str | None = None
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, ge=0, le=1)
     n: int = Field(1, ge=1, le=128)
@@ -103,11 +146,15 @@ class SamplingFields(WireModel):
     min_tokens: int = Field(0, ge=0)
     ignore_eos: bool = False
     stop_token_ids: TokenIds = ()
+    allowed_token_ids: SomeTokenIds | None = None
+    bad_words: Words = ()
+    truncate_prompt_tokens: int | None = Field(None, ge=-1, le=INT64_MAX)
     include_stop_str_in_output: bool = False
     parse_special_tokens: bool = False
     add_special_tokens: bool = False
     skip_special_tokens: bool = True
     return_tokens_as_token_ids: bool = False
+    return_token_ids: bool = False
     timeout: float | None = Field(None, gt=0)  # seconds from arrival
     priority: int = Field(0, ge=-MAX_PRIORITY, le=MAX_PRIORITY)  # within the tenant; the higher goes first
     cache_salt: str | None = Field(None, min_length=1)

@@ -1,10 +1,11 @@
 """The wire types of `POST /v1/completions`: the request as OpenAI documents it, and one answer shape for streamed and whole alike."""
 
-from typing import Annotated, Any, Self, cast
+from typing import Annotated, Any, cast
 
 import msgspec
 from pydantic import Field, PlainValidator, ValidationInfo, WithJsonSchema
 
+from server.limits import Limits
 from server.schemas.common import SamplingFields, Usage
 
 TextPrompts = tuple[str, ...]
@@ -26,7 +27,7 @@ def _prompts(value: Any, info: ValidationInfo) -> TextPrompts | IdPrompts:
     kinds = set(map(type, items))
     if kinds == {int}:
         return (tuple(items),)
-    max_prompts = cast("dict[str, int]", info.context)["max_prompts"]
+    max_prompts = cast("dict[str, Limits]", info.context)["limits"].max_prompts
     if len(items) > max_prompts:
         raise ValueError(f"{len(items):,} prompts in one request, the limit is {max_prompts:,}")
     if kinds == {str}:
@@ -60,18 +61,13 @@ Prompts = Annotated[
 class CompletionRequest(SamplingFields):
     """A body of `POST /v1/completions`. `prompt` is always a tuple here; no prompt is one empty text, the document start."""
 
-    model: str | None = None
     prompt: Prompts = ("",)
     suffix: str = ""
     max_tokens: int | None = Field(None, ge=0)
     best_of: int | None = Field(None, ge=0, le=20)
     logprobs: int | None = Field(None, ge=0)
+    prompt_logprobs: int | None = Field(None, ge=0)
     echo: bool = False
-
-    @classmethod
-    def from_body(cls, body: bytes, *, max_prompts: int) -> Self:
-        """Read a request body. Raises pydantic's `ValidationError`, which `server/errors.py` translates."""
-        return cls.model_validate_json(body, context={"max_prompts": max_prompts})
 
 
 class Logprobs(msgspec.Struct, frozen=True, kw_only=True):
@@ -83,14 +79,25 @@ class Logprobs(msgspec.Struct, frozen=True, kw_only=True):
     text_offset: list[int]
 
 
+class PromptLogprob(msgspec.Struct, frozen=True, kw_only=True):
+    """One candidate for a place in the prompt; `rank` is null for the prompt's own token where it is not among the likeliest."""
+
+    logprob: float
+    rank: int | None
+    decoded_token: str
+
+
 class CompletionChoice(msgspec.Struct, frozen=True, kw_only=True):
-    """One choice, or in a stream one piece of it."""
+    """One choice, or in a stream one piece of it. The fields with a default are there where they were asked for."""
 
     index: int
     text: str
     logprobs: Logprobs | None
     finish_reason: str | None
     stop_reason: str | int | None
+    prompt_token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
+    token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
+    prompt_logprobs: list[dict[str, PromptLogprob] | None] | msgspec.UnsetType = msgspec.UNSET
 
 
 class Completion(msgspec.Struct, frozen=True, kw_only=True):

@@ -15,10 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_tokenizer import tiny_tokenizer
 
+from server.answers.answer import as_json
 from server.app import create_app
 from server.limits import Limits
-from server.preprocess import read_completion
-from server.routes.completions import encoded
+from server.preprocess import read_body
 from server.schemas.completions import Completion, CompletionChoice, CompletionRequest, Logprobs
 
 JSON = {"content-type": "application/json"}
@@ -412,13 +412,16 @@ def turns_during(work: Callable[[], Coroutine[Any, Any, object]]) -> int:
 
 def test_a_large_body_is_read_beside_the_event_loop_and_a_small_one_on_it():
     def reading(num_ids: int) -> Callable[[], Coroutine[Any, Any, object]]:
-        return lambda: read_completion(json.dumps({"prompt": [1] * num_ids}).encode(), limits=Limits())
+        return lambda: read_body(json.dumps({"prompt": [1] * num_ids}).encode(), CompletionRequest, limits=Limits())
 
     assert turns_during(reading(340_000)) > 0
     assert turns_during(reading(100)) == 0
 
 
 def test_a_large_answer_is_encoded_beside_the_event_loop_and_reads_the_same():
+    def making(num_tokens: int) -> Callable[[], Coroutine[Any, Any, bytes]]:
+        return lambda: as_json(lambda: answer(num_tokens), num_logprobs=num_tokens)
+
     def answer(num_tokens: int) -> Completion:
         logprobs = Logprobs(
             tokens=["a"] * num_tokens,
@@ -429,11 +432,9 @@ def test_a_large_answer_is_encoded_beside_the_event_loop_and_reads_the_same():
         choice = CompletionChoice(index=0, text="é", logprobs=logprobs, finish_reason="stop", stop_reason=None)
         return Completion(id="cmpl-1", created=1, model="tiny", system_fingerprint="f", choices=[choice, choice])
 
-    large, small = answer(2000), answer(5)
-
-    assert turns_during(lambda: encoded(large)) > 0
-    assert turns_during(lambda: encoded(small)) == 0
-    assert anyio.run(encoded, large) == msgspec.json.encode(large)
+    assert turns_during(making(2000)) > 0
+    assert turns_during(making(5)) == 0
+    assert anyio.run(making(2000)) == msgspec.json.encode(answer(2000))
 
 
 def test_a_secret_prompt_is_not_in_the_error(server: Server):

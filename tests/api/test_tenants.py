@@ -5,7 +5,7 @@ import pytest
 from fake_engine import FakeEngineClient
 
 from engine.types import GenerationRequest
-from server.preprocess import composed_salt
+from server.plan import composed_salt
 
 pytestmark = pytest.mark.anyio
 

@@ -48,13 +48,18 @@ def test_the_table_of_fields_gives_the_limits_as_they_are():
     limits = Limits()
     takes = {name: row[2].replace(",", "") for name, row in field_rows().items()}
 
-    assert takes["logprobs"] == f"0 to {limits.max_logprobs}"
+    assert takes["logprobs"] == takes["prompt_logprobs"] == f"0 to {limits.max_logprobs}"
+    assert takes["bad_words"] == f"up to {limits.max_bad_words} strings of up to {limits.max_stop_chars} characters"
     assert f"up to {limits.max_stop_strings} of up to {limits.max_stop_chars} characters" in takes["stop"]
     assert f"up to {limits.max_stop_token_ids} ids" in takes["stop_token_ids"]
     assert f"up to {limits.max_logit_bias}" in takes["logit_bias"]
     assert f"up to {limits.max_timeout_s:.0f}" in takes["timeout"]
     assert f"-{MAX_PRIORITY} to {MAX_PRIORITY}" == takes["priority"]
     assert f"1 to {limits.max_cache_salt_chars} characters" in takes["cache_salt"]
+
+
+def test_the_documents_name_every_field_that_is_refused():
+    assert [name for name in CompletionRequest.refused_fields if f"`{name}`" not in API] == []
 
 
 def test_every_setting_in_the_operations_guide_exists():

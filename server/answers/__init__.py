@@ -1,0 +1,1 @@
+"""What answers are made of: one file per endpoint, over what all share in `answer.py`."""
