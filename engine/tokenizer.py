@@ -128,6 +128,16 @@ class Tokenizer:
         return (surface or "").encode()
 
     @cached_property
+    def special_tokens(self) -> dict[str, int]:
+        """How each control token and marker is spelled, with its id: `[BOS]`, `<|separator|>` and the like."""
+        markers = {*self._model.markers}
+        return {
+            piece: token_id
+            for token_id, (piece, kind) in enumerate(zip(self._pieces, self._model.types, strict=True))
+            if kind in (_CONTROL, _UNKNOWN) or piece in markers
+        }
+
+    @cached_property
     def _continuing(self) -> sentencepiece.SentencePieceProcessor:
         return sentencepiece.SentencePieceProcessor(model_proto=self._model.without_markers() + _NO_DUMMY_PREFIX)
 
@@ -234,6 +244,7 @@ class _ModelProto:
     def __init__(self, content: bytes) -> None:
         self.pieces: list[str] = []
         self.types: list[int] = []
+        self.markers: list[str] = []  # user-defined `<|...|>` pieces
         self.drops_leading_space = True
         self.drops_every_leading_space = False
         self._content = content
@@ -272,6 +283,7 @@ class _ModelProto:
         self.pieces.append(text)
         self.types.append(kind)
         if kind == _USER_DEFINED and text.startswith("<|") and text.endswith("|>"):
+            self.markers.append(text)
             self._marker_spans.append(span)
 
     def _read_normalizer(self, message: bytes) -> None:

@@ -248,3 +248,11 @@ def test_a_damaged_file_is_refused_by_name(damage: str, tmp_path: Path) -> None:
 def test_an_unreadable_file_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(TokenizerError, match="cannot read tokenizer"):
         Tokenizer.load(tmp_path)
+
+
+def test_special_tokens_are_listed_with_how_they_are_spelled():
+    special = tiny_tokenizer().special_tokens
+
+    assert special["[BOS]"] == 1
+    assert special["<|separator|>"] == 47
+    assert sorted(special.values()) == [0, 1, 2, 3, *range(47, 69)]
