@@ -140,19 +140,23 @@ async def _tokenized(plan: GenerationPlan, *, tokenizer: Tokenizer | None, bos_t
     rendered = tuple((prompt,) if isinstance(prompt, str) else prompt for prompt in plan.prompts)
     if tokenizer is None and any(isinstance(run, str) and run for run in rendered[0]):
         raise InvalidRequest("this server runs without a tokenizer: send the prompt as a list of token ids", param=plan.prompt_param)
+    is_text = isinstance(plan.prompts[0], str)  # and no rendered conversation, whose special tokens are ids already
     if isinstance(rendered[0][0], int) and not any(isinstance(run, str) for prompt in rendered for run in prompt):
         return rendered  # pyright: ignore[reportReturnType]
 
     def encode_all() -> IdPrompts:
-        return tuple(encode(runs) for runs in rendered)
+        return tuple(encode(runs, parse_special_tokens=is_text and plan.parse_special_tokens) for runs in rendered)
 
-    def encode(runs: RenderedPrompt) -> tuple[int, ...]:
+    def encode(runs: RenderedPrompt, *, parse_special_tokens: bool) -> tuple[int, ...]:
         ids: list[int] = []
+        has_begun = False
         for run in runs:
             if isinstance(run, int):
                 ids.append(run)
             elif run and tokenizer is not None:
-                ids += tokenizer.encode(run, parse_special_tokens=plan.parse_special_tokens)
+                # Only where text begins does a space stand before it; what is behind a special token continues.
+                ids += tokenizer.encode_continuation(run) if has_begun else tokenizer.encode(run, parse_special_tokens=parse_special_tokens)
+                has_begun = True
         return (bos_token, *ids) if plan.add_bos or not ids else tuple(ids)
 
     num_chars = sum(len(run) for prompt in rendered for run in prompt if isinstance(run, str))
