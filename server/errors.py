@@ -2,7 +2,9 @@
 
     ApiError                      status  code
     ├── InvalidRequest            400     null             `param` names the field
-    │   └── ContextLengthExceeded 400     context_length_exceeded
+    │   ├── ContextLengthExceeded 400     context_length_exceeded
+    │   └── GrammarLimit          400     grammar_limit
+    ├── WrongKey                  401     invalid_api_key
     ├── ModelNotFound             404     model_not_found
     ├── BodyTimeout               408     body_timeout
     ├── BodyTooLarge              413     body_too_large
@@ -28,6 +30,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
+from starlette.types import Scope
 
 from engine.errors import EngineDiedError, NoEngineError, RequestError
 from server.limits import Limits
@@ -35,6 +38,8 @@ from server.limits import Limits
 log = structlog.get_logger(__name__)
 
 MAX_SHOWN_VALUE_CHARS = 60
+ANTHROPIC_PATH = "v1/messages"  # and what is below it
+_ANTHROPIC_TYPES = {401: "authentication_error", 431: "request_too_large"}
 
 
 class ApiError(Exception):
@@ -70,6 +75,23 @@ class ContextLengthExceeded(InvalidRequest):
     """Prompt plus output can never fit."""
 
     code = "context_length_exceeded"
+
+
+class GrammarLimit(InvalidRequest):
+    """A grammar or schema that costs too much to follow; known only while it is followed."""
+
+    code = "grammar_limit"
+
+
+class WrongKey(ApiError):
+    """No API key, or none of this server's."""
+
+    status = 401
+    code = "invalid_api_key"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return super().headers | {"www-authenticate": "Bearer"}
 
 
 class ModelNotFound(ApiError):
@@ -177,6 +199,14 @@ def error_body(error: ApiError) -> dict[str, Any]:
 def error_response(error: ApiError) -> JSONResponse:
     """The whole answer to a request that ended in `error`."""
     return JSONResponse(error_body(error), status_code=error.status, headers=error.headers)
+
+
+def refusal_response(error: ApiError, scope: Scope) -> JSONResponse:
+    """The whole answer to a request that is refused before any route has seen it: the path alone says whose shape an error has there."""
+    if not scope["path"].lstrip("/").startswith(ANTHROPIC_PATH):
+        return error_response(error)
+    body = {"type": "error", "error": {"type": _ANTHROPIC_TYPES.get(error.status, "api_error"), "message": error.message}}
+    return JSONResponse(body, status_code=error.status, headers=error.headers)
 
 
 def as_api_error(error: Exception, *, request_id: str, limits: Limits) -> ApiError:

@@ -14,7 +14,7 @@ from typing import NamedTuple, Self
 from engine.client import EngineClient
 from engine.output import GenerationChunk, TextStream
 from engine.types import FinishReason, GenerationRequest, TokenDelta
-from server.errors import DeadlineExceeded, InternalError
+from server.errors import DeadlineExceeded, GrammarLimit, InternalError
 from server.observability import Metrics, SequenceMeter
 
 
@@ -78,7 +78,7 @@ class Generations:
             async with aclosing(self._client.generate(self._requests[sequence])) as deltas:
                 async for delta in deltas:
                     meter.saw(delta)
-                    if delta.finish_reason is FinishReason.ERROR or delta.finish_reason is FinishReason.DEADLINE:
+                    if delta.finish_reason in _FAILURES:
                         reason = delta.finish_reason
                         raise _failure_of(reason, request_id=delta.request_id)
                     chunk = self._texts[sequence].push(delta)
@@ -96,7 +96,12 @@ class Generations:
             meter.ended(reason)
 
 
+_FAILURES = frozenset({FinishReason.ERROR, FinishReason.DEADLINE, FinishReason.GRAMMAR})
+
+
 def _failure_of(reason: str, *, request_id: str) -> Exception:
     if reason == FinishReason.DEADLINE:
         return DeadlineExceeded("the request's timeout passed before it was finished; raise timeout or ask for less", param="timeout")
+    if reason == FinishReason.GRAMMAR:
+        return GrammarLimit("following the grammar or schema took more than this server spends on one token; simplify it")
     return InternalError(f"the generation {request_id} failed alone; other requests are not affected")
