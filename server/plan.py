@@ -130,8 +130,7 @@ def plan_of(
 
     `more_stop_token_ids` end every answer of the endpoint, and do not count against what a client may name.
     """
-    if body.model is not None and body.model != terms.model_name:
-        raise ModelNotFound(f"the model {shown(body.model)} does not exist; this server serves {terms.model_name!r}", param="model")
+    check_model(body.model, model_name=terms.model_name)
     _check_refused(body)
     _check_options(body, limits=terms.limits)
     if max_tokens is not None and body.min_tokens > max_tokens:
@@ -182,6 +181,12 @@ def composed_salt(cache_salt: str, *, key_tenant: str = "") -> str:
     front keeps two parts from being taken for two others.
     """
     return f"{len(key_tenant)}:{key_tenant}:{cache_salt}"
+
+
+def check_model(model: str | None, *, model_name: str) -> None:
+    """Raises `ModelNotFound` for another model than the one served; none means that one."""
+    if model is not None and model != model_name:
+        raise ModelNotFound(f"the model {shown(model)} does not exist; this server serves {model_name!r}", param="model")
 
 
 def check_ids(ids: Sequence[int], *, vocab_size: int, param: str) -> None:

@@ -82,6 +82,22 @@ async def build_requests(
     return tuple(requests)
 
 
+def prompt_ids(
+    runs: RenderedPrompt, *, tokenizer: Tokenizer | None, bos_token: int, add_bos: bool, parse_special_tokens: bool
+) -> tuple[int, ...]:
+    """The ids of one prompt. Without a tokenizer there is no text in it."""
+    ids: list[int] = []
+    has_begun = False
+    for run in runs:
+        if isinstance(run, int):
+            ids.append(run)
+        elif run and tokenizer is not None:
+            # Only where text begins does a space stand before it; what is behind a special token continues.
+            ids += tokenizer.encode_continuation(run) if has_begun else tokenizer.encode(run, parse_special_tokens=parse_special_tokens)
+            has_begun = True
+    return (bos_token, *ids) if add_bos or not ids else tuple(ids)
+
+
 def worst_case_tokens(requests: Sequence[GenerationRequest]) -> int:
     """The places in the cache that these requests need when every one of them is generated to its end and none shares a block."""
     return sum(len(request.prompt_token_ids) + request.sampling.max_tokens for request in requests)
@@ -145,19 +161,16 @@ async def _tokenized(plan: GenerationPlan, *, tokenizer: Tokenizer | None, bos_t
         return rendered  # pyright: ignore[reportReturnType]
 
     def encode_all() -> IdPrompts:
-        return tuple(encode(runs, parse_special_tokens=is_text and plan.parse_special_tokens) for runs in rendered)
-
-    def encode(runs: RenderedPrompt, *, parse_special_tokens: bool) -> tuple[int, ...]:
-        ids: list[int] = []
-        has_begun = False
-        for run in runs:
-            if isinstance(run, int):
-                ids.append(run)
-            elif run and tokenizer is not None:
-                # Only where text begins does a space stand before it; what is behind a special token continues.
-                ids += tokenizer.encode_continuation(run) if has_begun else tokenizer.encode(run, parse_special_tokens=parse_special_tokens)
-                has_begun = True
-        return (bos_token, *ids) if plan.add_bos or not ids else tuple(ids)
+        return tuple(
+            prompt_ids(
+                runs,
+                tokenizer=tokenizer,
+                bos_token=bos_token,
+                add_bos=plan.add_bos,
+                parse_special_tokens=is_text and plan.parse_special_tokens,
+            )
+            for runs in rendered
+        )
 
     num_chars = sum(len(run) for prompt in rendered for run in prompt if isinstance(run, str))
     return encode_all() if num_chars <= INLINE_CHARS else await asyncio.to_thread(encode_all)

@@ -4,7 +4,7 @@ import msgspec
 from fastapi import APIRouter
 from starlette.responses import Response
 
-from server.errors import ModelNotFound, shown
+from server.plan import check_model
 from server.schemas.common import json_answer
 from server.schemas.models import ModelCard, ModelList
 from server.services import FromApp, Services
@@ -23,8 +23,7 @@ async def list_models(services: FromApp) -> Response:
 @router.api_route("/v1/models/{model_id:path}", methods=["GET", "HEAD"], include_in_schema=False)
 async def get_model(model_id: str, services: FromApp) -> Response:
     """One model by its id, which may hold slashes."""
-    if model_id != services.model_name:
-        raise ModelNotFound(f"the model {shown(model_id)} does not exist; this server serves {services.model_name!r}", param="model")
+    check_model(model_id, model_name=services.model_name)
     return Response(msgspec.json.encode(_card(services)), media_type="application/json")
 
 
