@@ -9,11 +9,13 @@ VENV ?= .venv
 WORKERS ?= 2
 SEEDS ?= 1000
 FIRST ?= 0
+MINUTES ?= 2
+SEED ?= 1
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test simulate check format bench lock wheel clean
+.PHONY: help install serve test simulate fuzz check format bench lock wheel clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' Makefile | awk -F'|' '{printf "%-16s %s\n", $$1, $$2}'
@@ -28,6 +30,9 @@ test: $(VENV)/.dev ## run the whole test suite; ARGS= goes to pytest, WORKERS= s
 
 simulate: $(VENV)/.dev ## live through SEEDS= seeds of the simulated engine with kills, delays and aborts; FIRST= is the first seed
 	PYTHONPATH=tests/support $(BIN)/python tests/simulation/simulate.py --seeds $(SEEDS) --first $(FIRST) --workers $(WORKERS)
+
+fuzz: $(VENV)/.dev ## send hostile requests to a real server for MINUTES=; SEED= makes the same ones again
+	PYTHONPATH=tests/support $(BIN)/python tests/fuzz/fuzz.py --minutes $(MINUTES) --seed $(SEED)
 
 check: $(VENV)/.dev ## format, lint, types, import rules, spelling, dependencies
 	$(BIN)/ruff format --check
