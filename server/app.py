@@ -4,14 +4,18 @@ Who starts the engine, reads settings or opens a port is not here: see `server/s
 """
 
 import time
+from collections.abc import Sequence
 from importlib import metadata
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 from engine.client import EngineClient
 from engine.config import ModelConfig
 from engine.tokenizer import Tokenizer
 from server.admission import Admission
+from server.api_keys import ApiKeys
+from server.auth import RequireKey
 from server.errors import install_error_handlers
 from server.limits import Limits
 from server.middleware import BodyLimit, HeaderLimit, RequestContext, TidyPath
@@ -19,11 +23,21 @@ from server.observability import Metrics
 from server.routes import completions, health, metrics, models
 from server.services import Services
 
+EXPOSED_HEADERS = ("x-request-id", "x-should-retry", "retry-after", "retry-after-ms", "x-ignored-fields")  # to pages of other origins
+
 
 def create_app(
-    *, client: EngineClient, tokenizer: Tokenizer | None, model: ModelConfig, model_name: str, limits: Limits | None = None
+    *,
+    client: EngineClient,
+    tokenizer: Tokenizer | None,
+    model: ModelConfig,
+    model_name: str,
+    limits: Limits | None = None,
+    keys: ApiKeys | None = None,
+    allowed_origins: Sequence[str] = (),
+    has_metrics: bool = True,
 ) -> FastAPI:
-    """The whole HTTP side over an engine client, which need not be ready yet.
+    """The whole HTTP side over an engine client, which need not be ready yet. Without `has_metrics`, they are `create_metrics_app`'s.
 
     `app.state.services` holds the collaborators; `app.state.services.admission.drain()` makes the app refuse new requests for good.
     """
@@ -45,9 +59,25 @@ def create_app(
     app.add_middleware(BodyLimit, limits=limits)  # innermost
     app.add_middleware(TidyPath)
     app.add_middleware(HeaderLimit, limits=limits)
+    app.add_middleware(RequireKey, keys=keys or ApiKeys())
+    if allowed_origins:  # before the keys: a browser asks for leave without one
+        app.add_middleware(
+            CORSMiddleware, allow_origins=allowed_origins, allow_methods=["*"], allow_headers=["*"], expose_headers=EXPOSED_HEADERS
+        )
     app.add_middleware(RequestContext)  # outermost
 
-    for routes in (completions, models, health, metrics):
+    for routes in (completions, models, health, *([metrics] if has_metrics else [])):
         app.include_router(routes.router)
+    install_error_handlers(app)
+    return app
+
+
+def create_metrics_app(services: Services) -> FastAPI:
+    """What answers on the metrics' own port: `/metrics` alone, without a key."""
+    app = FastAPI(title="grok-server metrics", openapi_url=None, redirect_slashes=False, docs_url=None, redoc_url=None)
+    app.state.services = services
+    app.add_middleware(HeaderLimit, limits=services.limits)
+    app.add_middleware(RequestContext)
+    app.include_router(metrics.router)
     install_error_handlers(app)
     return app

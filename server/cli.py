@@ -36,7 +36,7 @@ def main() -> None:
 
 def serve(model_argument: str | None = None, **flags: Any) -> None:
     """Serve a model over HTTP until SIGTERM or Ctrl-C."""
-    given = {name: value for name, value in flags.items() if value is not None}
+    given = {name: value for name, value in flags.items() if value not in (None, [])}
     try:
         if model_argument is not None and given.setdefault("model", model_argument) != model_argument:
             raise ConfigError(f"two models are named, {model_argument} and --model {given['model']}; name one")
@@ -83,7 +83,7 @@ def _parameters() -> Iterator[python_inspect.Parameter]:
         panel = _PANELS.get(name, panel)
         is_switch = field.annotation is bool
         help_text = field.description or ""
-        if field.default is not None and not is_switch:
+        if field.default not in (None, ()) and not is_switch:
             help_text += f" (default: {field.default})"
         option = typer.Option(
             f"{flag_name(name)}/--no-{flag_name(name)[2:]}" if field.default is True else flag_name(name),
@@ -92,13 +92,13 @@ def _parameters() -> Iterator[python_inspect.Parameter]:
             show_default=False,
             rich_help_panel=panel,
         )
-        yield _flag(name, bool if is_switch else str, option)
+        yield _flag(name, bool if is_switch else list[str] if get_origin(field.annotation) is tuple else str, option)
     for alias in ALIASES:
         names = ["-tp", "--tp"] if alias == "tp" else [flag_name(alias)]
         yield _flag(alias, str, typer.Option(*names, hidden=True))
 
 
-def _flag(name: str, kind: type, option: Any) -> python_inspect.Parameter:
+def _flag(name: str, kind: Any, option: Any) -> python_inspect.Parameter:
     return python_inspect.Parameter(name, python_inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option])
 
 
@@ -111,6 +111,8 @@ def _metavar(annotation: Any) -> str:
         return _metavar(get_args(annotation)[0])
     if origin in (Union, types.UnionType):
         return _metavar(next(choice for choice in get_args(annotation) if choice is not type(None)))
+    if origin is tuple:
+        return "TEXT"
     return {int: "N", float: "X", Path: "PATH", str: "TEXT"}.get(annotation, "BYTES")
 
 

@@ -44,11 +44,13 @@ class Terminal(RichConsole):
 class Console:
     """The `Watcher` of the engine's life, for people."""
 
-    def __init__(self, *, url: str, model_name: str, has_tokenizer: bool) -> None:
+    def __init__(self, *, url: str, model_name: str, has_tokenizer: bool, needs_key: bool = False, metrics_url: str | None = None) -> None:
         self._terminal = Terminal(highlight=False)
         self._url = url
         self._model_name = model_name
         self._has_tokenizer = has_tokenizer
+        self._needs_key = needs_key
+        self._metrics_url = metrics_url
         self._bars: Bars | None = None
         self._bar_of_phase: dict[str, TaskID] = {}
         self._last_line_s: dict[str, float] = {}  # when each phase had its last plain progress line
@@ -56,6 +58,8 @@ class Console:
 
     def starting(self) -> None:
         self._line(f"Starting {self._model_name} on {self._url}")
+        if self._metrics_url is not None:
+            self._line(f"Metrics on {self._metrics_url}")
 
     def engine_progressed(self, progress: Progress) -> None:
         """A line per program. Of the rest, a bar per phase on a terminal; else a line at its start and end and every few seconds."""
@@ -73,7 +77,7 @@ class Console:
         self._was_ready = True
         self._terminal.print(_facts(self._model_name, info))
         self._line(f"Ready on {self._url} after loading for {info.load_s:.1f} s and, meanwhile, compiling for {info.compile_s:.1f} s. Try:")
-        self._line(f"\n  {curl(self._url, self._model_name, has_tokenizer=self._has_tokenizer)}\n")
+        self._line(f"\n  {curl(self._url, self._model_name, has_tokenizer=self._has_tokenizer, needs_key=self._needs_key)}\n")
 
     def engine_died(self, cause: str, *, pause_s: float) -> None:
         self.close()
@@ -113,14 +117,15 @@ class Console:
         self._terminal.print(text, markup=False, soft_wrap=True)
 
 
-def curl(url: str, model_name: str, *, has_tokenizer: bool) -> str:
-    """A command that can be pasted as it is."""
+def curl(url: str, model_name: str, *, has_tokenizer: bool, needs_key: bool = False) -> str:
+    """A command that can be pasted as it is, once `$API_KEY` is set where one is needed."""
     body: dict[str, object] = {"model": model_name}
     if has_tokenizer:
         body |= {"prompt": "Once upon a time", "max_tokens": 64}
     else:
         body |= {"prompt": [1], "max_tokens": 16, "logprobs": 0, "return_tokens_as_token_ids": True}
-    return f"curl {url}/v1/completions -H 'content-type: application/json' -d {shlex.quote(json.dumps(body))}"
+    key = ' -H "authorization: Bearer $API_KEY"' if needs_key else ""
+    return f"curl {url}/v1/completions{key} -H 'content-type: application/json' -d {shlex.quote(json.dumps(body))}"
 
 
 def readable_bytes(count: int) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from engine import config
+from server.settings import ENV_PREFIX
 
 STOP_GRACE_S = 5.0  # between the end of the connection and SIGKILL
 
@@ -55,9 +56,10 @@ class EngineProcess:
 
 
 def child_environment() -> dict[str, str]:
-    """Ours, plus the way to the same `engine` package where it runs from a checkout that is not installed."""
+    """Ours without the API keys, plus the way to the same `engine` package where it runs from a checkout that is not installed."""
+    environment = {name: value for name, value in os.environ.items() if name != f"{ENV_PREFIX}API_KEY"}
     root = Path(config.__file__).parents[1]
     if root.name in ("site-packages", "dist-packages"):
-        return dict(os.environ)
+        return environment
     path = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(path)}
+    return environment | {"PYTHONPATH": os.pathsep.join(path)}

@@ -38,7 +38,7 @@ from server.limits import Limits
 log = structlog.get_logger(__name__)
 
 MAX_SHOWN_VALUE_CHARS = 60
-ANTHROPIC_PATH = "v1/messages"  # and what is below it
+ANTHROPIC_PATH = "/v1/messages"  # and what is below it
 _ANTHROPIC_TYPES = {401: "authentication_error", 431: "request_too_large"}
 
 
@@ -203,7 +203,7 @@ def error_response(error: ApiError) -> JSONResponse:
 
 def refusal_response(error: ApiError, scope: Scope) -> JSONResponse:
     """The whole answer to a request that is refused before any route has seen it: the path alone says whose shape an error has there."""
-    if not scope["path"].lstrip("/").startswith(ANTHROPIC_PATH):
+    if not scope["path"].startswith(ANTHROPIC_PATH):
         return error_response(error)
     body = {"type": "error", "error": {"type": _ANTHROPIC_TYPES.get(error.status, "api_error"), "message": error.message}}
     return JSONResponse(body, status_code=error.status, headers=error.headers)

@@ -16,16 +16,19 @@ import os
 import signal
 import socket
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from ipaddress import ip_address
+from typing import TYPE_CHECKING
 
+import structlog
 import uvicorn
 import uvloop
 
 from engine.config import EngineOptions
 from engine.errors import ConfigError
 from engine.tokenizer import Tokenizer, find_tokenizer
+from server.api_keys import ApiKeys, is_open_to_others
 from server.console import Console
 from server.settings import Settings, engine_options
 from server.supervisor import ENGINE_COMMAND, STANDBY_DELAY_S, Supervisor
@@ -34,6 +37,9 @@ if TYPE_CHECKING:  # fastapi takes seconds to import
     from fastapi import FastAPI
 
     from server.admission import Admission
+    from server.services import Services
+
+log = structlog.get_logger(__name__)
 
 FAREWELL_S = 5  # for the last bytes of responses whose generation is over
 POLL_S = 0.05
@@ -49,15 +55,31 @@ class Prepared:
     settings: Settings
     options: EngineOptions
     tokenizer: Tokenizer | None
+    keys: ApiKeys
     listener: socket.socket
+    metrics_listener: socket.socket | None
 
     @property
     def url(self) -> str:
         """Where a client on this machine finds the server."""
-        address = self.listener.getsockname()
-        host, port = str(address[0]), int(address[1])
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        return _url(self.listener)
+
+    @property
+    def metrics_url(self) -> str | None:
+        """Where the metrics are, if they have a port of their own."""
+        return None if self.metrics_listener is None else f"{_url(self.metrics_listener)}/metrics"
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine can connect."""
+        return ip_address(self.listener.getsockname()[0].partition("%")[0]).is_loopback
+
+
+def _url(listener: socket.socket) -> str:
+    address = listener.getsockname()
+    host, port = str(address[0]), int(address[1])
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def prepare(settings: Settings) -> Prepared:
@@ -71,16 +93,27 @@ def prepare(settings: Settings) -> Prepared:
                 f"the tokenizer has {tokenizer.vocab_size:,} pieces, the model only {options.model.vocab_size:,}; "
                 "choose another with --tokenizer"
             )
-    return Prepared(settings=settings, options=options, tokenizer=tokenizer, listener=listen(settings.host, settings.port))
+    keys = settings.read_keys()
+    listener = listen(settings.host, settings.port)
+    try:
+        metrics_listener = None
+        if settings.metrics_port is not None:
+            metrics_listener = listen(settings.metrics_host, settings.metrics_port, of="metrics-")
+    except ConfigError:
+        listener.close()
+        raise
+    return Prepared(
+        settings=settings, options=options, tokenizer=tokenizer, keys=keys, listener=listener, metrics_listener=metrics_listener
+    )
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A listening TCP socket. Raises `ConfigError` where that cannot be had, a port in use among others."""
+def listen(host: str, port: int, *, of: str = "") -> socket.socket:
+    """A listening TCP socket. Raises `ConfigError` where that cannot be had, a port in use among others; `of` begins its flags' names."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         listener = socket.socket(family, kind, protocol)
     except OSError as error:
-        raise ConfigError(f"--host: cannot listen on {host}: {error.strerror or error}") from None
+        raise ConfigError(f"--{of}host: cannot listen on {host}: {error.strerror or error}") from None
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
@@ -88,7 +121,7 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         listener.close()
         reason = (error.strerror or str(error)).lower()
-        raise ConfigError(f"cannot listen on {host} port {port}: {reason}; choose another with --port (0 takes any free one)") from None
+        raise ConfigError(f"cannot listen on {host} port {port}: {reason}; choose another with --{of}port (0 takes any free one)") from None
     return listener
 
 
@@ -98,7 +131,10 @@ def serve(settings: Settings, *, engine_command: Sequence[str] = ENGINE_COMMAND)
     Raises `EngineError` where it cannot start; an `EngineStartError` says with which exit status the process should end.
     """
     prepared = prepare(settings)
-    with prepared.listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+    with ExitStack() as listeners, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        for listener in (prepared.listener, prepared.metrics_listener):
+            if listener is not None:
+                listeners.enter_context(listener)
         runner.run(_Life(prepared, engine_command=engine_command).run())
 
 
@@ -111,7 +147,13 @@ class _Life:
         self._stop_asked = asyncio.Event()
         self._signum: int | None = None  # the first signal
         settings = prepared.settings
-        self._console = Console(url=prepared.url, model_name=settings.model_name, has_tokenizer=prepared.tokenizer is not None)
+        self._console = Console(
+            url=prepared.url,
+            model_name=settings.model_name,
+            has_tokenizer=prepared.tokenizer is not None,
+            needs_key=bool(prepared.keys),
+            metrics_url=prepared.metrics_url,
+        )
 
     async def run(self) -> None:
         self._supervisor = Supervisor(
@@ -136,35 +178,59 @@ class _Life:
 
     async def _serve_http(self, *, until: "asyncio.Task[None]") -> None:
         """Serve until the engine is given up or a signal came; then drain."""
-        config = await asyncio.to_thread(self._configure_http)
-        http = _Server(config)
-        serving = asyncio.create_task(http.serve(sockets=[self._prepared.listener]))
+        services, servers = await asyncio.to_thread(self._configure_http)
+        serving = [asyncio.create_task(http.serve(sockets=[listener])) for http, listener in servers]
         stop_asked = asyncio.create_task(self._stop_asked.wait())
-        await asyncio.wait({until, serving, stop_asked}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({until, *serving, stop_asked}, return_when=asyncio.FIRST_COMPLETED)
         stop_asked.cancel()
-        await self._drain(cast("FastAPI", config.app).state.services.admission, until=until)
-        http.should_exit = True
-        await serving
+        await self._drain(services.admission, until=until)
+        for http, _ in servers:
+            http.should_exit = True
+        await asyncio.gather(*serving)
 
-    def _configure_http(self) -> uvicorn.Config:
-        """The imports take seconds, so this runs in a thread: progress shows and the engine's first messages are read meanwhile."""
-        from server.app import create_app
-        from server.http_protocol import bounded_http
+    def _configure_http(self) -> "tuple[Services, list[tuple[_Server, socket.socket]]]":
+        """What the routes work with, and the servers with their sockets.
+
+        The imports take seconds, so this runs in a thread: progress shows and the engine's first messages are read meanwhile.
+        """
+        from server.app import create_app, create_metrics_app
         from server.observability import configure_logging
 
-        settings = self._prepared.settings
+        prepared, settings = self._prepared, self._prepared.settings
         as_json = settings.log_format == "json" or (settings.log_format == "auto" and not os.isatty(2))
         configure_logging(as_json=as_json, level=settings.log_level.upper())
+        self._warn_of_what_is_open()
         app = create_app(
             client=self._supervisor.client,
-            tokenizer=self._prepared.tokenizer,
-            model=self._prepared.options.model,
+            tokenizer=prepared.tokenizer,
+            model=prepared.options.model,
             model_name=settings.model_name,
             limits=settings.limits,
+            keys=prepared.keys,
+            allowed_origins=settings.allowed_origins,
+            has_metrics=prepared.metrics_listener is None,
         )
-        return uvicorn.Config(
+        services: Services = app.state.services
+        servers = [(self._server(app), prepared.listener)]
+        if prepared.metrics_listener is not None:
+            servers.append((self._server(create_metrics_app(services)), prepared.metrics_listener))
+        return services, servers
+
+    def _warn_of_what_is_open(self) -> None:
+        prepared, settings = self._prepared, self._prepared.settings
+        if not prepared.keys and not prepared.is_local:
+            log.warning(
+                "everyone who reaches this address may use the server: set --api-key-file, or listen on 127.0.0.1", host=settings.host
+            )
+        if settings.api_key_file is not None and is_open_to_others(settings.api_key_file):
+            log.warning("every user of this machine may read the file of API keys: take the right away with chmod o-r")
+
+    def _server(self, app: "FastAPI") -> "_Server":
+        from server.http_protocol import bounded_http
+
+        config = uvicorn.Config(
             app,
-            http=bounded_http(settings.limits),
+            http=bounded_http(self._prepared.settings.limits),
             ws="none",
             lifespan="on",
             log_config=None,
@@ -174,6 +240,7 @@ class _Life:
             timeout_keep_alive=IDLE_CONNECTION_S,
             timeout_graceful_shutdown=FAREWELL_S,
         )
+        return _Server(config)
 
     async def _drain(self, admission: "Admission", *, until: "asyncio.Task[None]") -> None:
         """Announce the end, take nothing new, wait for what runs; fail what is left at the timeout, or once there will be no engine."""

@@ -15,7 +15,7 @@ from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.errors import BodyTimeout, BodyTooLarge, HeadersTooLarge, UnsupportedBody, error_response, shortened
+from server.errors import BodyTimeout, BodyTooLarge, HeadersTooLarge, UnsupportedBody, refusal_response, shortened
 from server.limits import Limits
 
 access_log = structlog.get_logger("access")
@@ -72,7 +72,7 @@ class HeaderLimit:
             size = target + sum(len(name) + len(value) for name, value in scope["headers"])
             if size > self.max_bytes:
                 refusal = HeadersTooLarge(f"the request line and headers are {size:,} bytes, the limit is {self.max_bytes:,}")
-                await error_response(refusal)(scope, receive, send)
+                await refusal_response(refusal, scope)(scope, receive, send)
                 return
         await self.app(scope, receive, send)
 

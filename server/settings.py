@@ -7,6 +7,7 @@ What is checked here needs no file but the YAML; `engine_options` reads the mode
 
 import difflib
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -19,7 +20,7 @@ from pydantic_settings import BaseSettings, InitSettingsSource, NoDecode, Pydant
 import configs
 from engine.config import EngineOptions, MeshConfig, ModelConfig, SchedulerConfig, read_model_config
 from engine.errors import ConfigError
-from server.api_keys import ApiKey, ApiKeys, read_key_file, read_keys
+from server.api_keys import ApiKey, ApiKeys, read_key_file
 from server.limits import Limits
 
 ENV_PREFIX = "GROK_SERVER_"
@@ -51,7 +52,15 @@ def _each(value: object) -> list[str]:
 
 
 def _digested(value: object) -> tuple[ApiKey, ...]:
-    return read_keys(",".join(_each(value)))
+    return tuple(ApiKey.of(key) for key in _each(value))
+
+
+def _origins(value: object) -> tuple[str, ...]:
+    origins = tuple(_each(value))
+    for origin in origins:
+        if not re.fullmatch(r"\*|[a-z][a-z0-9+.-]*://[^/\s]+", origin):
+            raise ValueError("must be * or origins like https://app.example, without a slash at the end")
+    return origins
 
 
 _LIMITS = Limits()
@@ -59,7 +68,7 @@ _Count = Annotated[int, Field(ge=1)]
 _Bound = Annotated[int, Field(ge=0)]
 _Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _Keys = Annotated[tuple[InstanceOf[ApiKey], ...], NoDecode, BeforeValidator(_digested)]
-_Texts = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_each)]
+_Origins = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_origins)]
 
 
 class Settings(BaseSettings):
@@ -103,11 +112,14 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", min_length=1, description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes any free one")
     api_key: _Keys = Field(
-        (), description="key that every request needs then, probes aside; several by repeating or with commas. Better in a file: others on "
-        "the machine see the arguments of processes"
+        (),
+        description="key that every request needs then, probes aside; several by repeating or with commas. Better in a file: others on "
+        "the machine see the arguments of processes",
     )
     api_key_file: Path | None = Field(None, description="file with one key a line, if wanted with a space and a name behind it")
-    allowed_origins: _Texts = Field((), description="web pages' origins that browsers let in, * for all; several by repeating or with commas")
+    allowed_origins: _Origins = Field(
+        (), description="web pages' origins that browsers let in, * for all; several by repeating or with commas"
+    )
     metrics_port: int | None = Field(
         None, ge=0, le=65535, description="serve /metrics on this port instead, without a key (default: on the same port, with one)"
     )

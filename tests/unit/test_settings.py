@@ -8,6 +8,7 @@ import pytest
 from fake_core import TINY_MODEL
 
 from engine.errors import ConfigError
+from server.api_keys import ApiKey
 from server.limits import Limits
 from server.settings import Settings, default_model_dir, engine_options, load_settings
 
@@ -135,6 +136,50 @@ def test_every_limit_can_be_set_and_arrives_in_the_limits():
 
     assert limits == Limits(**{field.name: 1 for field in fields(Limits)})
     assert load_settings({}).limits == Limits()
+
+
+@pytest.mark.parametrize("value", ["first,second", " first , second", ["first", "second"], ["first,second"]])
+def test_several_api_keys_come_with_commas_or_in_a_list(value, monkeypatch):
+    by_flag = load_settings({"api_key": value}).api_key
+    monkeypatch.setenv("GROK_SERVER_API_KEY", "first,second")
+
+    assert by_flag == load_settings({}).api_key == (ApiKey.of("first"), ApiKey.of("second"))
+
+
+def test_keys_of_a_file_are_added_to_the_others(tmp_path):
+    (tmp_path / "keys").write_text("second ann\n")
+
+    keys = load_settings({"api_key": "first", "api_key_file": tmp_path / "keys"}).read_keys()
+
+    assert (len(keys), keys.tenant_of(b"second")) == (2, "name:ann")
+    assert not load_settings({}).read_keys()
+
+
+@pytest.mark.parametrize("value", ["", "secret,", ["secret", ""], "my secret", 5, [["secret"]], {"secret": 1}])
+def test_a_wrong_key_is_refused_without_repeating_it(value):
+    with pytest.raises(ConfigError, match="--api-key: ") as caught:
+        load_settings({"api_key": value})
+
+    assert "secret" not in str(caught.value)
+
+
+def test_settings_never_hold_a_key_itself():
+    settings = load_settings({"api_key": "sk-secret"})
+
+    assert "sk-secret" not in repr(settings) + repr(settings.model_dump())
+
+
+@pytest.mark.parametrize("value", ["", "https://app.example/", "app.example", "https://a.example, b"])
+def test_what_is_no_origin_is_refused(value):
+    with pytest.raises(ConfigError, match="--allowed-origins: must be"):
+        load_settings({"allowed_origins": value})
+
+
+def test_origins_come_like_keys():
+    origins = ("http://localhost:3000", "https://app.example")
+
+    assert load_settings({"allowed_origins": ",".join(origins)}).allowed_origins == origins
+    assert load_settings({"allowed_origins": ["*"]}).allowed_origins == ("*",)
 
 
 def test_the_model_is_called_as_its_directory_unless_named(model_dir):
