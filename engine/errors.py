@@ -5,6 +5,7 @@
     ├── CheckpointError     files that do not hold the weights the configuration asks for
     ├── TokenizerError      no tokenizer, or a file that is none
     ├── RequestError        a request that the engine refuses; the message is for the client
+    ├── GrammarError        a grammar that does not compile within its limits; the message is for the client
     ├── TransportError      bytes between the two processes that are no frame or no message
     └── EngineDiedError     a generation that no engine survives
         └── NoEngineError   there is no engine for it: none yet, or none any more
@@ -31,6 +32,10 @@ class TokenizerError(EngineError):
 
 class RequestError(EngineError):
     """A request the engine refuses."""
+
+
+class GrammarError(EngineError):
+    """A grammar that does not compile within its limits."""
 
 
 class TransportError(EngineError):
