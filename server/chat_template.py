@@ -39,6 +39,7 @@ from server.plan import RenderedPrompt
 SEPARATOR = "<|separator|>"
 DEFAULT_MAX_CHARS = 4 * 1024 * 1024
 INLINE_CHARS = 16 * 1024  # of messages and tools; more is rendered in a thread
+MAX_REASON_CHARS = 200  # of what a template says when it refuses a conversation
 RESERVED_NAMES = frozenset({"messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now"})
 
 _PRIVATE_USE = 0xF0000  # a plane of characters that no text means anything by: not cased, not white space
@@ -56,8 +57,10 @@ class ChatTemplate:
         self._environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
         )
-        cast("dict[str, Any]", self._environment.filters)["tojson"] = _tojson
-        cast("dict[str, Any]", self._environment.globals).update(raise_exception=_raise_exception, strftime_now=_strftime_now)
+        self._environment.filters["tojson"] = _tojson  # pyright: ignore[reportUnknownMemberType]
+        self._environment.globals.update(  # pyright: ignore[reportUnknownMemberType]
+            {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
+        )
         try:
             self._template = self._environment.from_string(self._with_sentinels(source))
         except jinja2.TemplateError as error:
@@ -139,7 +142,7 @@ class ChatTemplate:
                         f"the conversation is more than {self._max_chars:,} characters as the chat template writes it", param=turns_param
                     )
         except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
-            reason = self._with_spellings(shortened(" ".join(str(error).split()), 200))
+            reason = shortened(self._with_spellings(" ".join(str(error).split())), MAX_REASON_CHARS)
             raise InvalidRequest(f"the chat template does not take this conversation: {reason}", param=turns_param) from None
         return "".join(pieces)
 
