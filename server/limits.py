@@ -31,12 +31,22 @@ class Limits:
     max_fields: int = 256  # at the top of a body, unknown ones included
     max_answer_logprobs: int = 2_000_000  # of all candidates of one request; about 50 MB of JSON
 
+    # grammars, from response_format, structured_outputs and tools: server/grammar_check.py
+    max_grammar_chars: int = 256 * 1024  # of one, in the engine's form
+    grammar_timeout_s: float = 2.0  # of a processor, to compile one and take its first steps
+    grammar_memory_bytes: int = 256 * 2**20  # the same in memory
+    max_queued_grammars: int = 64  # waiting to be checked; 503
+
     # the server as a whole: server/admission.py
     max_queued_sequences: int = 256  # open beyond those the engine runs at once; 503
     max_queued_tokens: int = 2**21  # prompt plus max_tokens of all that is open, beyond what the cache holds; 503
     max_tenant_sequences: int | None = None  # open at once of one tenant; None: as many as the server takes; 429
     max_tenant_tokens: int | None = None  # the same, prompt plus max_tokens; 429
     retry_after_s: float = 1.0  # told with every 429 and 503
+
+    # what is kept for clients that come back: server/response_store.py
+    max_stored_responses: int = 4096  # of all tenants
+    max_stored_bytes: int = 256 * 1024 * 1024  # of them, as JSON
 
     # what goes out
     keep_alive_s: float = 15.0  # silence on a stream before a comment

@@ -164,6 +164,20 @@ class Settings(BaseSettings):
     max_answer_logprobs: _Count = Field(
         _LIMITS.max_answer_logprobs, description="log-probabilities in one answer, over all its candidates and top entries"
     )
+    max_stored_responses: _Bound = Field(
+        _LIMITS.max_stored_responses, description="responses of /v1/responses kept in memory; the least recently used goes first"
+    )
+    max_stored_bytes: _Bound = Field(_LIMITS.max_stored_bytes, description="size of the kept responses together")
+    max_grammar_chars: _Count = Field(_LIMITS.max_grammar_chars, description="characters of a JSON schema, regular expression or grammar")
+    grammar_timeout_s: float = Field(
+        _LIMITS.grammar_timeout_s, ge=0.1, allow_inf_nan=False, description="seconds of a processor that compiling one grammar may take"
+    )
+    grammar_memory_bytes: ByteSize = Field(
+        ByteSize(_LIMITS.grammar_memory_bytes), ge=2**20, description="memory that compiling one grammar may take, e.g. 256MiB"
+    )
+    max_queued_grammars: _Count = Field(
+        _LIMITS.max_queued_grammars, description="grammars waiting to be compiled for the first time; more get a 503"
+    )
     retry_after_s: _Seconds = Field(_LIMITS.retry_after_s, description="seconds after which a refused client may come back")
     keep_alive_s: _Seconds = Field(_LIMITS.keep_alive_s, description="seconds of silence on a stream before a keep-alive comment")
     max_message_chars: _Count = Field(_LIMITS.max_message_chars, description="characters of an error message")
