@@ -20,7 +20,7 @@ from server.errors import install_error_handlers
 from server.limits import Limits
 from server.middleware import BodyLimit, HeaderLimit, RequestContext, TidyPath
 from server.observability import Metrics
-from server.routes import completions, health, metrics, models
+from server.routes import completions, health, metrics, models, tokens
 from server.services import Services
 
 EXPOSED_HEADERS = ("x-request-id", "x-should-retry", "retry-after", "retry-after-ms", "x-ignored-fields")  # to pages of other origins
@@ -66,7 +66,7 @@ def create_app(
         )
     app.add_middleware(RequestContext)  # outermost
 
-    for routes in (completions, models, health, *([metrics] if has_metrics else [])):
+    for routes in (completions, tokens, models, health, *([metrics] if has_metrics else [])):
         app.include_router(routes.router)
     install_error_handlers(app)
     return app

@@ -314,7 +314,8 @@ def _http_message(request: Request, status: int) -> str:
     path = shown(request.url.path)
     match status:
         case 404:
-            return f"there is no route {path}; the completions endpoint is /v1/completions"
+            paths = [path for path in request.app.openapi()["paths"] if "{" not in path]
+            return f"there is no route {path}; this server has {', '.join(paths)}"
         case 405:
             return f"{path} does not answer {shown(request.method)}"
         case _:

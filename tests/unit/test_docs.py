@@ -13,6 +13,7 @@ from server.limits import Limits
 from server.observability import Metrics
 from server.schemas.common import MAX_PRIORITY
 from server.schemas.completions import CompletionRequest
+from server.schemas.tokens import DetokenizeRequest, TokenizeRequest
 from server.settings import Settings
 from server.watchdog import START_SILENCE_S, STEPS_PER_TIMEOUT
 
@@ -56,6 +57,16 @@ def test_the_table_of_fields_gives_the_limits_as_they_are():
     assert f"up to {limits.max_timeout_s:.0f}" in takes["timeout"]
     assert f"-{MAX_PRIORITY} to {MAX_PRIORITY}" == takes["priority"]
     assert f"1 to {limits.max_cache_salt_chars} characters" in takes["cache_salt"]
+
+
+def test_the_table_of_the_tokenizers_fields_is_their_schemas():
+    documented = {(row[0].strip("`"), row[1].strip("`"), row[2]) for row in rows(API, "Tokens")}
+
+    assert documented == {
+        (route, name, "required" if field.is_required() else str(field.default).lower())
+        for route, wire in (("/tokenize", TokenizeRequest), ("/detokenize", DetokenizeRequest))
+        for name, field in wire.model_fields.items()
+    }
 
 
 def test_the_documents_name_every_field_that_is_refused():
