@@ -4,7 +4,8 @@ Who starts the engine, reads settings or opens a port is not here: see `server/s
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager
 from importlib import metadata
 
 from fastapi import FastAPI
@@ -17,6 +18,7 @@ from server.admission import Admission
 from server.api_keys import ApiKeys
 from server.auth import RequireKey
 from server.errors import install_error_handlers
+from server.grammar_check import GrammarCheck
 from server.limits import Limits
 from server.middleware import BodyLimit, HeaderLimit, RequestContext, TidyPath
 from server.observability import Metrics
@@ -36,14 +38,23 @@ def create_app(
     keys: ApiKeys | None = None,
     allowed_origins: Sequence[str] = (),
     has_metrics: bool = True,
+    grammar_check: GrammarCheck | None = None,
 ) -> FastAPI:
     """The whole HTTP side over an engine client, which need not be ready yet. Without `has_metrics`, they are `create_metrics_app`'s.
 
+    `grammar_check` is needed where there is a tokenizer, for requests with a grammar; it is closed at the end of the application's lifespan.
     `app.state.services` holds the collaborators; `app.state.services.admission.drain()` makes the app refuse new requests for good.
     """
     limits = limits or Limits()
     version = metadata.version("grok-server")
-    app = FastAPI(title="grok-server", version=version, redirect_slashes=False, docs_url=None, redoc_url=None)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
+        yield
+        if grammar_check is not None:
+            await grammar_check.close()
+
+    app = FastAPI(title="grok-server", version=version, redirect_slashes=False, docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.services = Services(
         client=client,
         tokenizer=tokenizer,
@@ -52,6 +63,7 @@ def create_app(
         limits=limits,
         admission=Admission(client, limits=limits),
         metrics=Metrics(client, model_name=model_name),
+        grammar_check=grammar_check,
         created=int(time.time()),
         fingerprint=f"grok-server-{version}",
     )

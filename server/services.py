@@ -9,6 +9,7 @@ from engine.client import EngineClient
 from engine.config import ModelConfig
 from engine.tokenizer import Tokenizer
 from server.admission import Admission
+from server.grammar_check import GrammarCheck
 from server.limits import Limits
 from server.observability import Metrics
 
@@ -24,6 +25,7 @@ class Services:
     limits: Limits
     admission: Admission
     metrics: Metrics
+    grammar_check: GrammarCheck | None  # None without a tokenizer
     created: int  # unix seconds at which this model was first offered
     fingerprint: str
 
