@@ -42,7 +42,7 @@ def create_app(
 ) -> FastAPI:
     """The whole HTTP side over an engine client, which need not be ready yet. Without `has_metrics`, they are `create_metrics_app`'s.
 
-    `grammar_check` is needed where there is a tokenizer, for requests with a grammar; it is closed at the end of the application's lifespan.
+    `grammar_check` is needed where there is a tokenizer, for requests with a grammar; it is closed when the application's lifespan ends.
     `app.state.services` holds the collaborators; `app.state.services.admission.drain()` makes the app refuse new requests for good.
     """
     limits = limits or Limits()
