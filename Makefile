@@ -15,10 +15,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test simulate fuzz check format bench lock wheel clean
+.PHONY: help install serve test test-clients simulate fuzz check format bench lock wheel clean
 
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' Makefile | awk -F'|' '{printf "%-16s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' Makefile | awk -F'|' '{printf "%-19s %s\n", $$1, $$2}'
 
 install: $(VENV)/.runtime ## make .venv with what the server needs; the command is then .venv/bin/grok-server
 
@@ -27,6 +27,9 @@ serve: $(VENV)/.runtime ## serve the default model, or MODEL=DIR; PORT=, ARGS=
 
 test: $(VENV)/.dev ## run the whole test suite; ARGS= goes to pytest, WORKERS= sets how many processes
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+test-clients: $(VENV)/.dev ## try published SDKs and harnesses, each in an environment of its own, against the real server; ARGS= names some, see tests/clients/run.py
+	$(BIN)/python tests/clients/run.py $(ARGS)
 
 simulate: $(VENV)/.dev ## live through SEEDS= seeds of the simulated engine with kills, delays and aborts; FIRST= is the first seed
 	PYTHONPATH=tests/support $(BIN)/python tests/simulation/simulate.py --seeds $(SEEDS) --first $(FIRST) --workers $(WORKERS)
@@ -59,7 +62,7 @@ wheel: $(VENV)/.dev ## build the wheel into dist/
 	$(PIP) wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
 clean: ## remove $(VENV) and everything built
-	rm -rf $(VENV) dist build .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .clients dist build .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 
 # Each stamp says that the environment holds what its lock file lists; pip checks every hash.
 define INSTALL_PROJECT
