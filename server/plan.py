@@ -16,6 +16,7 @@ from server.errors import InvalidRequest, ModelNotFound, shown
 from server.limits import Limits
 from server.schemas.common import SamplingFields
 from server.schemas.completions import CompletionRequest, IdPrompts, TextPrompts
+from server.structured_output import OutputGrammar, output_grammar
 
 DEFAULT_MAX_TOKENS = 16
 
@@ -55,8 +56,7 @@ class GenerationPlan:
     stop: tuple[str, ...]
     include_stop: bool
     bad_words: tuple[str, ...] = ()
-    grammar: str | None = None
-    grammar_param: str | None = None  # the field that the grammar is from
+    grammar: OutputGrammar | None = None
     truncate_prompt_tokens: int | None = None  # keep this many at the end; -1: as many as fit
     tokens_as_ids: bool = False
     returns_token_ids: bool = False
@@ -89,7 +89,7 @@ def check_completion(body: CompletionRequest, terms: Terms) -> GenerationPlan:
     if body.suffix:
         raise InvalidRequest("suffix is not supported: this model has no infill; leave it out", param="suffix")
     for name in ("logprobs", "prompt_logprobs"):
-        _check_logprobs(getattr(body, name), param=name, terms=terms)
+        check_logprobs(getattr(body, name), param=name, terms=terms)
     if body.prompt_logprobs is not None and body.stream:
         raise InvalidRequest("prompt_logprobs cannot be streamed; use echo with logprobs", param="prompt_logprobs")
     num_candidates = _num_candidates(body)
@@ -98,7 +98,7 @@ def check_completion(body: CompletionRequest, terms: Terms) -> GenerationPlan:
             f"{len(body.prompt):,} prompts with {num_candidates} choices each exceed the limit of {terms.limits.max_sequences:,} sequences",
             param="best_of" if num_candidates > body.n else "n",
         )
-    plan = plan_of(body, terms, prompts=body.prompt, max_tokens=body.max_tokens, logprobs=body.logprobs)
+    plan = plan_of(body, terms, prompts=body.prompt, max_tokens=body.max_tokens, logprobs=body.logprobs, grammar=output_grammar(body))
     ranks_candidates = num_candidates > body.n
     return replace(
         plan,
@@ -123,8 +123,7 @@ def plan_of(
     logprobs: int | None,
     default_max_tokens: int | None = DEFAULT_MAX_TOKENS,
     more_stop_token_ids: tuple[int, ...] = (),
-    grammar: str | None = None,
-    grammar_param: str | None = None,
+    grammar: OutputGrammar | None = None,
 ) -> GenerationPlan:
     """What all endpoints share: check the common fields and enter them. Raises `InvalidRequest` with the field, or `ModelNotFound`.
 
@@ -151,7 +150,6 @@ def plan_of(
         include_stop=body.include_stop_str_in_output,
         bad_words=body.bad_words,
         grammar=grammar,
-        grammar_param=grammar_param,
         truncate_prompt_tokens=body.truncate_prompt_tokens,
         tokens_as_ids=body.return_tokens_as_token_ids,
         returns_token_ids=body.return_token_ids,
@@ -200,7 +198,7 @@ def _most(*counts: int | None) -> int | None:
     return max((count for count in counts if count is not None), default=None)
 
 
-def _check_logprobs(count: int | None, *, param: str, terms: Terms) -> None:
+def check_logprobs(count: int | None, *, param: str, terms: Terms) -> None:
     if count is not None and count > terms.max_logprobs:
         raise InvalidRequest(f"{param} is {shown(count)}, at most {terms.max_logprobs} are given", param=param)
 

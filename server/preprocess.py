@@ -74,12 +74,11 @@ async def build_requests(
                 tenant=plan.tenant,
                 priority=plan.priority,
                 cache_salt=plan.cache_salt,
-                grammar=plan.grammar,
             )
             for choice in range(plan.num_candidates)
         ]
     _check_answer_size(plan, requests, limit=services.limits.max_answer_logprobs)
-    return tuple(requests)
+    return await _with_grammar(plan, requests, services=services)
 
 
 def prompt_ids(
@@ -131,8 +130,6 @@ def _check_has_tokenizer(plan: GenerationPlan, tokenizer: Tokenizer | None) -> N
         raise InvalidRequest("this server runs without a tokenizer and sees no text to stop at: use stop_token_ids", param="stop")
     if plan.bad_words:
         raise InvalidRequest("this server runs without a tokenizer and knows no words: use logit_bias", param="bad_words")
-    if plan.grammar is not None:
-        raise InvalidRequest("this server runs without a tokenizer: it cannot follow a grammar", param=plan.grammar_param)
 
 
 def _check_answer_size(plan: GenerationPlan, requests: Sequence[GenerationRequest], *, limit: int) -> None:
@@ -149,6 +146,18 @@ def _check_answer_size(plan: GenerationPlan, requests: Sequence[GenerationReques
                 f"{limit:,} in one answer; lower {param}, or send fewer prompts or choices per request",
                 param=param,
             )
+
+
+async def _with_grammar(
+    plan: GenerationPlan, requests: Sequence[GenerationRequest], *, services: Services
+) -> tuple[GenerationRequest, ...]:
+    """The requests with the grammar as the engine takes it; last, because the verdict on it costs most."""
+    if plan.grammar is None:
+        return tuple(requests)
+    if services.grammar_check is None:
+        raise InvalidRequest("this server runs without a tokenizer: it cannot follow a grammar", param=plan.grammar.param)
+    grammar = await services.grammar_check.check(plan.grammar.text, param=plan.grammar.param, tenant=plan.tenant)
+    return tuple(replace(request, grammar=grammar) for request in requests)
 
 
 async def _tokenized(plan: GenerationPlan, *, tokenizer: Tokenizer | None, bos_token: int) -> IdPrompts:

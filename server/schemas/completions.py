@@ -7,6 +7,7 @@ from pydantic import Field, PlainValidator, ValidationInfo, WithJsonSchema
 
 from server.limits import Limits
 from server.schemas.common import SamplingFields, Usage
+from server.schemas.structured import StructuredFields
 
 TextPrompts = tuple[str, ...]
 IdPrompts = tuple[tuple[int, ...], ...]
@@ -58,7 +59,7 @@ Prompts = Annotated[
 ]
 
 
-class CompletionRequest(SamplingFields):
+class CompletionRequest(SamplingFields, StructuredFields):
     """A body of `POST /v1/completions`. `prompt` is always a tuple here; no prompt is one empty text, the document start."""
 
     prompt: Prompts = ("",)
