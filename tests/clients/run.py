@@ -90,8 +90,8 @@ class Report:
 
 def main() -> None:
     """The command. Exits 1 when any check failed or none ran."""
-    arguments = _parse_arguments()
-    clients = [client for client in CLIENTS if not arguments.clients or client.name in arguments.clients]
+    arguments = parse_arguments(sys.argv[1:])
+    clients = arguments.clients or CLIENTS
     if arguments.lock:
         for client in clients:
             lock(client)
@@ -104,14 +104,22 @@ def main() -> None:
     sys.exit(0 if all(not report.failures for report in reports) and any(report.num_checks for report in reports) else 1)
 
 
-def _parse_arguments() -> argparse.Namespace:
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    """The command line; no clients named leaves `clients` empty."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("clients", nargs="*", choices=[client.name for client in CLIENTS], metavar="CLIENT", help="all when none is named")
+    parser.add_argument("clients", nargs="*", type=_client_named, metavar="CLIENT", help="all when none is named")
     parser.add_argument("--only", default="", metavar="TEXT", help="the checks with this in their names")
     parser.add_argument("--url", help="a running server, instead of one started here; without /v1")
     parser.add_argument("--no-keys", action="store_true", help="with --url: that server asks for no key")
     parser.add_argument("--lock", action="store_true", help="write requirements.txt anew from requirements.in, and do nothing else")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def _client_named(name: str) -> Client:
+    client = next((client for client in CLIENTS if client.name == name), None)
+    if client is None:
+        raise argparse.ArgumentTypeError(f"no client is called {name!r}; there are {', '.join(client.name for client in CLIENTS)}")
+    return client
 
 
 def lock(client: Client) -> None:
@@ -197,8 +205,9 @@ def run_checks(client: Client, served: Served, *, only: str = "", interpreter: S
     log, results = logs / f"{client.name}.log", logs / f"{client.name}.jsonl"
     results.unlink(missing_ok=True)
     if client.is_node:
-        # a module's imports are looked for beside the file that it is
-        files = [shutil.copy(file, place) for file in [*client.check_files, *(HERE / "support").glob("*.mjs")]][: len(client.check_files)]
+        for file in (HERE / "support").glob("*.mjs"):
+            shutil.copy(file, place)
+        files = [shutil.copy(file, place) for file in client.check_files]  # a module's imports are looked for beside the file that it is
         command = [*(interpreter or [node() / "node"]), place / "run_checks.mjs", client.package, *files]
     else:
         command = [*(interpreter or [place / "bin/python"]), HERE / "support/run_checks.py", client.package, *client.check_files]

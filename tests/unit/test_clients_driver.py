@@ -95,6 +95,14 @@ def test_only_the_checks_asked_for_run(driver: ModuleType):
     assert (report.num_checks, report.failures) == (1, ())
 
 
+def test_clients_are_chosen_by_name(driver: ModuleType, capsys: pytest.CaptureFixture[str]):
+    assert driver.parse_arguments([]).clients == []
+    assert [client.name for client in driver.parse_arguments(["litellm", "openai"]).clients] == ["litellm", "openai"]
+    with pytest.raises(SystemExit):
+        driver.parse_arguments(["opanai"])
+    assert "no client is called 'opanai'; there are openai," in capsys.readouterr().err
+
+
 def test_the_table_has_a_row_for_each_client_and_names_what_failed(driver: ModuleType):
     good = driver.Report(client="openai", version="3.54.0", num_checks=3, failures=(), seconds=1.25)
     bad = driver.Report(client="litellm", version="1.2", num_checks=2, failures=(("streams", "ValueError: no"),), seconds=2)
