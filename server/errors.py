@@ -1,24 +1,26 @@
 """What the server answers when it does not answer what was asked, and the one translation of all of it to OpenAI's error body.
 
-    ApiError                      status  code
-    ├── InvalidRequest            400     null             `param` names the field
-    │   ├── ContextLengthExceeded 400     context_length_exceeded
-    │   └── GrammarLimit          400     grammar_limit
-    ├── WrongKey                  401     invalid_api_key
-    ├── ModelNotFound             404     model_not_found
-    ├── BodyTimeout               408     body_timeout
-    ├── BodyTooLarge              413     body_too_large
-    ├── UnsupportedBody           415     unsupported_body
-    ├── QuotaExceeded             429     rate_limit_exceeded
-    ├── HeadersTooLarge           431     headers_too_large
-    ├── InternalError             500     internal_error
-    ├── Unavailable               503     server_overloaded, shutting_down, model_loading, engine_restarting
-    └── DeadlineExceeded          504     deadline_exceeded
+    ApiError                         status  code
+    ├── InvalidRequest               400     null             `param` names the field
+    │   ├── ContextLengthExceeded    400     context_length_exceeded
+    │   ├── PreviousResponseNotFound 400     previous_response_not_found
+    │   └── GrammarLimit             400     grammar_limit
+    ├── WrongKey                     401     invalid_api_key
+    ├── ModelNotFound                404     model_not_found
+    ├── ResponseNotFound             404     null
+    ├── BodyTimeout                  408     body_timeout
+    ├── BodyTooLarge                 413     body_too_large
+    ├── UnsupportedBody              415     unsupported_body
+    ├── QuotaExceeded                429     rate_limit_exceeded
+    ├── HeadersTooLarge              431     headers_too_large
+    ├── InternalError                500     internal_error
+    ├── Unavailable                  503     server_overloaded, shutting_down, model_loading, engine_restarting
+    └── DeadlineExceeded             504     deadline_exceeded
 
 The body is `{"error": {"message", "type", "param", "code"}}`: all four always there, `type` is `invalid_request_error` below 500 and
 `server_error` from there on (with 429, as OpenAI has it, what there is too much of: `requests` or `tokens`), `code` a string or null,
-`param` a bare field name or null. What a retry cannot cure says `x-should-retry: false`; 429 and 503 say when to come back. Messages are
-bounded and hold no prompt, no path and no traceback.
+`param` a bare field name or null. On Anthropic's paths it has the shape of `server/anthropic_errors.py`. What a retry cannot cure says
+`x-should-retry: false`; 429 and 503 say when to come back. Messages are bounded and hold no prompt, no path and no traceback.
 """
 
 import math
@@ -33,13 +35,12 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Scope
 
 from engine.errors import EngineDiedError, NoEngineError, RequestError
+from server.anthropic_errors import anthropic_error_body, is_anthropic_path
 from server.limits import Limits
 
 log = structlog.get_logger(__name__)
 
 MAX_SHOWN_VALUE_CHARS = 60
-ANTHROPIC_PATH = "/v1/messages"  # and what is below it
-_ANTHROPIC_TYPES = {401: "authentication_error", 431: "request_too_large"}
 
 
 class ApiError(Exception):
@@ -77,6 +78,12 @@ class ContextLengthExceeded(InvalidRequest):
     code = "context_length_exceeded"
 
 
+class PreviousResponseNotFound(InvalidRequest):
+    """There is no such response to go on from, or it is another's, or not kept any more."""
+
+    code = "previous_response_not_found"
+
+
 class GrammarLimit(InvalidRequest):
     """A grammar or schema that costs too much to follow; known only while it is followed."""
 
@@ -99,6 +106,12 @@ class ModelNotFound(ApiError):
 
     status = 404
     code = "model_not_found"
+
+
+class ResponseNotFound(ApiError):
+    """There is no such stored response or item, or it is another's, or not kept any more."""
+
+    status = 404
 
 
 class _UnreadableRequest(ApiError):
@@ -196,17 +209,13 @@ def error_body(error: ApiError) -> dict[str, Any]:
     return {"error": {"message": error.message, "type": error.kind, "param": error.param, "code": error.code}}
 
 
-def error_response(error: ApiError) -> JSONResponse:
-    """The whole answer to a request that ended in `error`."""
-    return JSONResponse(error_body(error), status_code=error.status, headers=error.headers)
-
-
 def refusal_response(error: ApiError, scope: Scope) -> JSONResponse:
-    """The whole answer to a request that is refused before any route has seen it: the path alone says whose shape an error has there."""
-    if not scope["path"].startswith(ANTHROPIC_PATH):
-        return error_response(error)
-    body = {"type": "error", "error": {"type": _ANTHROPIC_TYPES.get(error.status, "api_error"), "message": error.message}}
-    return JSONResponse(body, status_code=error.status, headers=error.headers)
+    """The whole answer to a request that ended in `error`: its path alone says whose shape an error has there."""
+    if not is_anthropic_path(scope["path"]):
+        return JSONResponse(error_body(error), status_code=error.status, headers=error.headers)
+    request_id = scope.get("state", {}).get("request_id")
+    body = anthropic_error_body(status=error.status, message=error.message, request_id=request_id)
+    return JSONResponse(body, status_code=error.status, headers=error.headers | ({"request-id": request_id} if request_id else {}))
 
 
 def as_api_error(error: Exception, *, request_id: str, limits: Limits) -> ApiError:
@@ -293,7 +302,7 @@ async def _answer_known(request: Request, error: Exception) -> Response:
         log.error("a request failed", error=str(error))
     if told.is_retryable and told.code is not None:
         request.app.state.services.metrics.refused.labels(code=told.code).inc()
-    return error_response(told)
+    return refusal_response(told, request.scope)
 
 
 async def _answer_http(request: Request, error: Exception) -> Response:
@@ -304,7 +313,7 @@ async def _answer_http(request: Request, error: Exception) -> Response:
         return Response(status_code=204, headers={"allow": f"{allowed}, OPTIONS"})
     told = ApiError(_http_message(request, error.status_code))
     told.status = error.status_code
-    response = error_response(told)
+    response = refusal_response(told, request.scope)
     if allowed:
         response.headers["allow"] = allowed
     return response
@@ -331,6 +340,6 @@ async def _answer_unexpected(request: Request, error: Exception) -> Response:
     """A bug of ours. The error goes on to the server's log with its traceback; the client gets the id to find it by."""
     request_id = request.state.request_id
     log.error("unhandled error", request_id=request_id, error=type(error).__name__)
-    response = error_response(translated(request, error))
+    response = refusal_response(translated(request, error), request.scope)
     response.headers["x-request-id"] = request_id
     return response

@@ -111,9 +111,15 @@ async def test_a_refusal_is_openais_and_says_nothing_of_the_key(http: httpx.Asyn
 
 @pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/count_tokens", "/v1/messages/"])
 async def test_anthropics_endpoints_refuse_in_anthropics_shape(http: httpx.AsyncClient, path: str):
-    body = (await http.post(path, json={}, headers={"x-api-key": "wrong"})).json()
+    answer = await http.post(path, json={}, headers={"x-api-key": "wrong"})
 
-    assert body == {"type": "error", "error": {"type": "authentication_error", "message": body["error"]["message"]}}
+    body = answer.json()
+    assert body == {
+        "type": "error",
+        "error": {"type": "authentication_error", "message": body["error"]["message"]},
+        "request_id": answer.headers["x-request-id"],
+    }
+    assert answer.headers["request-id"] == body["request_id"]
 
 
 @pytest.mark.parametrize(
