@@ -17,7 +17,7 @@ import signal
 import socket
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import ip_address
 from typing import TYPE_CHECKING
 
@@ -30,6 +30,8 @@ from engine.errors import ConfigError
 from engine.tokenizer import Tokenizer, find_tokenizer
 from server.api_keys import ApiKeys, is_open_to_others
 from server.console import Console
+from server.limits import Limits
+from server.open_files import connections_within
 from server.settings import Settings, engine_options
 from server.supervisor import ENGINE_COMMAND, STANDBY_DELAY_S, Supervisor
 
@@ -43,6 +45,7 @@ log = structlog.get_logger(__name__)
 
 FAREWELL_S = 5  # for the last bytes of responses whose generation is over
 POLL_S = 0.05
+METRICS_CONNECTIONS = 16  # on a port of their own
 IDLE_CONNECTION_S = (
     75  # longer than clients and proxies keep one in their pools, so that they close first and no request meets a closing one
 )
@@ -56,6 +59,7 @@ class Prepared:
     options: EngineOptions
     tokenizer: Tokenizer | None
     keys: ApiKeys
+    limits: Limits
     listener: socket.socket
     metrics_listener: socket.socket | None
 
@@ -94,6 +98,7 @@ def prepare(settings: Settings) -> Prepared:
                 "choose another with --tokenizer"
             )
     keys = settings.read_keys()
+    limits = replace(settings.limits, max_connections=connections_within(settings.max_connections))
     listener = listen(settings.host, settings.port)
     try:
         metrics_listener = None
@@ -103,7 +108,13 @@ def prepare(settings: Settings) -> Prepared:
         listener.close()
         raise
     return Prepared(
-        settings=settings, options=options, tokenizer=tokenizer, keys=keys, listener=listener, metrics_listener=metrics_listener
+        settings=settings,
+        options=options,
+        tokenizer=tokenizer,
+        keys=keys,
+        limits=limits,
+        listener=listener,
+        metrics_listener=metrics_listener,
     )
 
 
@@ -205,15 +216,16 @@ class _Life:
             tokenizer=prepared.tokenizer,
             model=prepared.options.model,
             model_name=settings.model_name,
-            limits=settings.limits,
+            limits=prepared.limits,
             keys=prepared.keys,
             allowed_origins=settings.allowed_origins,
             has_metrics=prepared.metrics_listener is None,
         )
         services: Services = app.state.services
-        servers = [(self._server(app), prepared.listener)]
+        servers = [(_server(app, limits=prepared.limits), prepared.listener)]
         if prepared.metrics_listener is not None:
-            servers.append((self._server(create_metrics_app(services)), prepared.metrics_listener))
+            limits = replace(prepared.limits, max_connections=METRICS_CONNECTIONS)
+            servers.append((_server(create_metrics_app(services), limits=limits), prepared.metrics_listener))
         return services, servers
 
     def _warn_of_what_is_open(self) -> None:
@@ -224,23 +236,6 @@ class _Life:
             )
         if settings.api_key_file is not None and is_open_to_others(settings.api_key_file):
             log.warning("every user of this machine may read the file of API keys: take the right away with chmod o-r")
-
-    def _server(self, app: "FastAPI") -> "_Server":
-        from server.http_protocol import bounded_http
-
-        config = uvicorn.Config(
-            app,
-            http=bounded_http(self._prepared.settings.limits),
-            ws="none",
-            lifespan="on",
-            log_config=None,
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            timeout_keep_alive=IDLE_CONNECTION_S,
-            timeout_graceful_shutdown=FAREWELL_S,
-        )
-        return _Server(config)
 
     async def _drain(self, admission: "Admission", *, until: "asyncio.Task[None]") -> None:
         """Announce the end, take nothing new, wait for what runs; fail what is left at the timeout, or once there will be no engine."""
@@ -267,6 +262,25 @@ class _Life:
 async def _until_idle(admission: "Admission") -> None:
     while admission.num_open:
         await asyncio.sleep(POLL_S)
+
+
+def _server(app: "FastAPI", *, limits: Limits) -> "_Server":
+    from server.http_protocol import bounded_http
+
+    config = uvicorn.Config(
+        app,
+        http=bounded_http(limits),
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,  # nothing here depends on who asks, or on the scheme
+        timeout_keep_alive=IDLE_CONNECTION_S,
+        timeout_graceful_shutdown=FAREWELL_S,
+    )
+    return _Server(config)
 
 
 class _Server(uvicorn.Server):

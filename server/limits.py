@@ -11,9 +11,16 @@ from dataclasses import dataclass
 class Limits:
     """Bounds of one request and of the server as a whole."""
 
+    # connections: server/http_protocol.py
+    max_connections: int = 1024  # open; then the one that has waited longest for a request goes, or the new one gets a 503
+    max_pipelined: int = 16  # requests sent before the answer to the one before; more close the connection
+    write_timeout_s: float = 30.0  # for a client to take 16 KiB of its answer, or the rest; then the connection ends
+
     # while reading: server/http_protocol.py, server/middleware.py
     max_header_bytes: int = 32 * 1024  # request line and headers; 431
+    max_headers: int = 128  # lines; 431
     max_body_bytes: int = 1024 * 1024  # 413
+    max_all_body_bytes: int = 256 * 1024 * 1024  # of all requests that are read or answered; 503
     body_timeout_s: float = 30.0  # for the headers, and again for the body; 408
     max_discarded_bytes: int = 16 * 1024 * 1024  # of a refused body, read so that the client sees the refusal
 

@@ -9,13 +9,14 @@ import asyncio
 import re
 import time
 import uuid
+from dataclasses import dataclass
 
 import structlog
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.errors import BodyTimeout, BodyTooLarge, HeadersTooLarge, UnsupportedBody, refusal_response, shortened
+from server.errors import BodyTimeout, BodyTooLarge, HeadersTooLarge, Unavailable, UnsupportedBody, refusal_response, shortened
 from server.limits import Limits
 
 access_log = structlog.get_logger("access")
@@ -60,21 +61,28 @@ class RequestContext:
 
 
 class HeaderLimit:
-    """Refuse a request whose path, query and headers together exceed the limit."""
+    """Refuse a request whose path, query and headers together exceed the limit, or whose headers are too many."""
 
     def __init__(self, app: ASGIApp, *, limits: Limits) -> None:
         self.app = app
         self.max_bytes = limits.max_header_bytes
+        self.max_headers = limits.max_headers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            target = len(scope.get("raw_path") or b"") + len(scope["query_string"])
-            size = target + sum(len(name) + len(value) for name, value in scope["headers"])
-            if size > self.max_bytes:
-                refusal = HeadersTooLarge(f"the request line and headers are {size:,} bytes, the limit is {self.max_bytes:,}")
-                await refusal_response(refusal, scope)(scope, receive, send)
-                return
-        await self.app(scope, receive, send)
+        complaint = self._complaint(scope) if scope["type"] == "http" else None
+        if complaint is None:
+            await self.app(scope, receive, send)
+        else:
+            await refusal_response(HeadersTooLarge(complaint), scope)(scope, receive, send)
+
+    def _complaint(self, scope: Scope) -> str | None:
+        target = len(scope.get("raw_path") or b"") + len(scope["query_string"])
+        size = target + sum(len(name) + len(value) for name, value in scope["headers"])
+        if size > self.max_bytes:
+            return f"the request line and headers are {size:,} bytes, the limit is {self.max_bytes:,}"
+        if len(scope["headers"]) > self.max_headers:
+            return f"the request has {len(scope['headers']):,} headers, the limit is {self.max_headers:,}"
+        return None
 
 
 class TidyPath:
@@ -95,21 +103,35 @@ class BodyLimit:
     def __init__(self, app: ASGIApp, *, limits: Limits) -> None:
         self.app = app
         self.limits = limits
+        self.held = _HeldBytes()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            receive = _GuardedBody(receive, headers=Headers(scope=scope), limits=self.limits)
-        await self.app(scope, receive, send)
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        body = _GuardedBody(receive, headers=Headers(scope=scope), limits=self.limits, held=self.held)
+        try:
+            await self.app(scope, body, send)
+        finally:
+            self.held.num -= body.num_bytes  # a request keeps its body to its end
+
+
+@dataclass(slots=True)
+class _HeldBytes:
+    """Of all bodies together."""
+
+    num: int = 0
 
 
 class _GuardedBody:
     """The `receive` of one request; raises the refusals of `server/errors.py` into whoever reads."""
 
-    def __init__(self, receive: Receive, *, headers: Headers, limits: Limits) -> None:
+    def __init__(self, receive: Receive, *, headers: Headers, limits: Limits, held: _HeldBytes) -> None:
+        self.num_bytes = 0
         self._receive = receive
         self._headers = headers
         self._limits = limits
-        self._num_bytes = 0
+        self._held = held
         self._give_up_at: float | None = None
         self._is_complete = False
 
@@ -121,11 +143,22 @@ class _GuardedBody:
             await self._check_declaration()
         message = await self._next_message()
         if message["type"] == "http.request":
-            self._num_bytes += len(message.get("body", b""))
+            self._hold(len(message.get("body", b"")))
             self._is_complete = not message.get("more_body", False)
-            if self._num_bytes > self._limits.max_body_bytes:
+            if self.num_bytes > self._limits.max_body_bytes:
                 await self._refuse_size(f"more than {self._limits.max_body_bytes:,} bytes")
         return message
+
+    def _hold(self, num_bytes: int) -> None:
+        self.num_bytes += num_bytes
+        self._held.num += num_bytes
+        if self._held.num > self._limits.max_all_body_bytes:
+            raise Unavailable(
+                f"the server is full: the bodies of open requests are {self._held.num:,} bytes, "
+                f"{self._limits.max_all_body_bytes:,} may be held at once",
+                code="server_overloaded",
+                retry_after_s=self._limits.retry_after_s,
+            )
 
     async def _check_declaration(self) -> None:
         content_type = self._headers.get("content-type", "")
@@ -151,7 +184,7 @@ class _GuardedBody:
 
     async def _refuse_size(self, found: str) -> None:
         """Read on for a while before refusing: closing on a client that still sends would cost it the answer."""
-        wants_permission = self._headers.get("expect", "").lower() == "100-continue" and self._num_bytes == 0
+        wants_permission = self._headers.get("expect", "").lower() == "100-continue" and self.num_bytes == 0
         discarded = 0
         while not wants_permission and not self._is_complete and discarded < self._limits.max_discarded_bytes:
             message = await self._next_message()

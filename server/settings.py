@@ -145,8 +145,17 @@ class Settings(BaseSettings):
         _LIMITS.max_tenant_tokens,
         description="tokens (prompt plus max_tokens) of one tenant open at once; more get a 429 (default: no bound)",
     )
+    max_connections: _Count = Field(
+        _LIMITS.max_connections, description="open connections; then the one that has waited longest goes, or the new one gets a 503"
+    )
+    max_pipelined: _Bound = Field(_LIMITS.max_pipelined, description="requests that a connection may send in advance")
+    write_timeout_s: _Seconds = Field(
+        _LIMITS.write_timeout_s, description="seconds in which a client must take 16 KiB of its answer, or the rest of it"
+    )
     max_header_bytes: _Count = Field(_LIMITS.max_header_bytes, description="request line and headers of one request")
+    max_headers: _Count = Field(_LIMITS.max_headers, description="header lines of one request")
     max_body_bytes: _Count = Field(_LIMITS.max_body_bytes, description="body of one request")
+    max_all_body_bytes: _Count = Field(_LIMITS.max_all_body_bytes, description="bodies of all requests that are read or answered")
     body_timeout_s: _Seconds = Field(_LIMITS.body_timeout_s, description="seconds that a body may take to arrive")
     max_discarded_bytes: _Bound = Field(
         _LIMITS.max_discarded_bytes, description="of a refused body, read so that the client sees the refusal"
