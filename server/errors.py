@@ -274,7 +274,7 @@ def _from_validation(error: ValidationError, *, max_chars: int) -> InvalidReques
     if not first["loc"]:
         return InvalidRequest(shortened(first["msg"].removeprefix("Value error, "), max_chars))
     param = shortened(str(first["loc"][0]), MAX_SHOWN_VALUE_CHARS)
-    where = shortened(".".join(str(part) for part in first["loc"][:3]), MAX_SHOWN_VALUE_CHARS)
+    where = shortened(".".join(str(part) for part in first["loc"][:6]), MAX_SHOWN_VALUE_CHARS)
     complaint = first["msg"].removeprefix("Value error, ")
     return InvalidRequest(
         shortened(f"{where}: {complaint[:1].lower()}{complaint[1:]}, found {shown(first['input'])}", max_chars), param=param
