@@ -28,6 +28,7 @@ from typing import Any, cast
 
 import structlog
 from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -228,6 +229,8 @@ def as_api_error(error: Exception, *, request_id: str, limits: Limits) -> ApiErr
             return error
         case ValidationError():
             return _from_validation(error, max_chars=limits.max_message_chars)
+        case RequestValidationError():
+            return _from_parameters(error, max_chars=limits.max_message_chars)
         case RequestError():
             return InvalidRequest(shortened(str(error), limits.max_message_chars))
         case NoEngineError():
@@ -281,9 +284,19 @@ def _from_validation(error: ValidationError, *, max_chars: int) -> InvalidReques
     )
 
 
+def _from_parameters(error: RequestValidationError, *, max_chars: int) -> InvalidRequest:
+    """The first complaint about the query string, which FastAPI reads."""
+    first: dict[str, Any] = error.errors()[0]
+    param = shortened(str(first["loc"][-1]), MAX_SHOWN_VALUE_CHARS)
+    complaint: str = first["msg"]
+    return InvalidRequest(
+        shortened(f"{param}: {complaint[:1].lower()}{complaint[1:]}, found {shown(first['input'])}", max_chars), param=param
+    )
+
+
 def install_error_handlers(app: FastAPI) -> None:
     """Make every way a route can end speak the same error body."""
-    for kind in (ApiError, ValidationError, RequestError, EngineDiedError):
+    for kind in (ApiError, ValidationError, RequestValidationError, RequestError, EngineDiedError):
         app.add_exception_handler(kind, _answer_known)
     app.add_exception_handler(HTTPException, _answer_http)
     app.add_exception_handler(ClientDisconnect, _answer_nobody)
