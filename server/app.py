@@ -17,12 +17,14 @@ from engine.tokenizer import Tokenizer
 from server.admission import Admission
 from server.api_keys import ApiKeys
 from server.auth import RequireKey
+from server.chat_template import ChatTemplate
 from server.errors import install_error_handlers
 from server.grammar_check import GrammarCheck
 from server.limits import Limits
 from server.middleware import BodyLimit, HeaderLimit, RequestContext, TidyPath
 from server.observability import Metrics
-from server.routes import completions, health, metrics, models, tokens
+from server.response_store import ResponseStore
+from server.routes import chat, completions, health, metrics, models, responses, tokens
 from server.services import Services
 
 EXPOSED_HEADERS = ("x-request-id", "x-should-retry", "retry-after", "retry-after-ms", "x-ignored-fields")  # to pages of other origins
@@ -39,6 +41,7 @@ def create_app(
     allowed_origins: Sequence[str] = (),
     has_metrics: bool = True,
     grammar_check: GrammarCheck | None = None,
+    chat_template: ChatTemplate | None = None,
 ) -> FastAPI:
     """The whole HTTP side over an engine client, which need not be ready yet. Without `has_metrics`, they are `create_metrics_app`'s.
 
@@ -55,13 +58,17 @@ def create_app(
             await grammar_check.close()
 
     app = FastAPI(title="grok-server", version=version, redirect_slashes=False, docs_url=None, redoc_url=None, lifespan=lifespan)
+    if chat_template is None and tokenizer is not None:
+        chat_template = ChatTemplate.default(tokenizer, max_chars=limits.max_rendered_chars)
     app.state.services = Services(
         client=client,
         tokenizer=tokenizer,
+        chat_template=chat_template,
         model=model,
         model_name=model_name,
         limits=limits,
         admission=Admission(client, limits=limits),
+        responses=ResponseStore(max_responses=limits.max_stored_responses, max_bytes=limits.max_stored_bytes),
         metrics=Metrics(client, model_name=model_name),
         grammar_check=grammar_check,
         created=int(time.time()),
@@ -78,7 +85,7 @@ def create_app(
         )
     app.add_middleware(RequestContext)  # outermost
 
-    for routes in (completions, tokens, models, health, *([metrics] if has_metrics else [])):
+    for routes in (completions, chat, responses, tokens, models, health, *([metrics] if has_metrics else [])):
         app.include_router(routes.router)
     install_error_handlers(app)
     return app

@@ -34,10 +34,11 @@ from engine.errors import ConfigError
 from engine.tokenizer import Tokenizer
 from server.conversation import Conversation, Tool, Turn
 from server.errors import InvalidRequest, shortened
+from server.limits import Limits
 from server.plan import RenderedPrompt
 
 SEPARATOR = "<|separator|>"
-DEFAULT_MAX_CHARS = 4 * 1024 * 1024
+DEFAULT_MAX_CHARS = Limits().max_rendered_chars
 INLINE_CHARS = 16 * 1024  # of messages and tools; more is rendered in a thread
 MAX_REASON_CHARS = 200  # of what a template says when it refuses a conversation
 RESERVED_NAMES = frozenset({"messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now"})
@@ -75,13 +76,11 @@ class ChatTemplate:
         return cls(source, tokenizer=tokenizer, max_chars=max_chars)
 
     @classmethod
-    def chosen(cls, choice: str | None, *, tokenizer: Tokenizer, max_chars: int = DEFAULT_MAX_CHARS) -> "ChatTemplate":
-        """The template that `--chat-template` means: a file, or the template itself; None for the default.
+    def chosen(cls, choice: str, *, tokenizer: Tokenizer, max_chars: int = DEFAULT_MAX_CHARS) -> "ChatTemplate":
+        """The template that `--chat-template` means: a file, or the template itself.
 
         Raises `ConfigError` where it is neither, or does not compile.
         """
-        if choice is None:
-            return cls.default(tokenizer, max_chars=max_chars)
         return cls(_source_of(choice), tokenizer=tokenizer, max_chars=max_chars)
 
     @property

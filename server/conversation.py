@@ -73,18 +73,14 @@ class Conversation:
     @property
     def callable_tools(self) -> tuple[Tool, ...]:
         """The tools that may be called in the next turn."""
-        match self.tool_choice:
-            case ToolChoice.NONE:
-                return ()
-            case ToolChoice():
-                return self.tools
-            case name:
-                return tuple(tool for tool in self.tools if tool.name == name)
+        if not isinstance(self.tool_choice, ToolChoice):
+            return tuple(tool for tool in self.tools if tool.name == self.tool_choice)
+        return () if self.tool_choice is ToolChoice.NONE else self.tools
 
     @property
     def must_call(self) -> bool:
         """Whether the next turn has to be a call."""
-        return self.tool_choice not in (ToolChoice.NONE, ToolChoice.AUTO)
+        return not isinstance(self.tool_choice, ToolChoice) or self.tool_choice is ToolChoice.REQUIRED
 
 
 def check_conversation(conversation: Conversation, *, turns_param: str = "messages") -> None:

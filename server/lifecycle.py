@@ -32,13 +32,14 @@ from server.api_keys import ApiKeys, is_open_to_others
 from server.console import Console
 from server.limits import Limits
 from server.open_files import connections_within
-from server.settings import Settings, engine_options
+from server.settings import Settings, engine_options, limits_by_setting
 from server.supervisor import ENGINE_COMMAND, STANDBY_DELAY_S, Supervisor
 
 if TYPE_CHECKING:  # fastapi takes seconds to import
     from fastapi import FastAPI
 
     from server.admission import Admission
+    from server.chat_template import ChatTemplate
     from server.services import Services
 
 log = structlog.get_logger(__name__)
@@ -58,6 +59,7 @@ class Prepared:
     settings: Settings
     options: EngineOptions
     tokenizer: Tokenizer | None
+    chat_template: "ChatTemplate | None"  # None for the default
     keys: ApiKeys
     limits: Limits
     listener: socket.socket
@@ -99,6 +101,7 @@ def prepare(settings: Settings) -> Prepared:
             )
     keys = settings.read_keys()
     limits = replace(settings.limits, max_connections=connections_within(settings.max_connections))
+    chat_template = _chosen_chat_template(settings, tokenizer, limits=limits)
     listener = listen(settings.host, settings.port)
     try:
         metrics_listener = None
@@ -111,11 +114,22 @@ def prepare(settings: Settings) -> Prepared:
         settings=settings,
         options=options,
         tokenizer=tokenizer,
+        chat_template=chat_template,
         keys=keys,
         limits=limits,
         listener=listener,
         metrics_listener=metrics_listener,
     )
+
+
+def _chosen_chat_template(settings: Settings, tokenizer: Tokenizer | None, *, limits: Limits) -> "ChatTemplate | None":
+    if settings.chat_template is None:
+        return None
+    if tokenizer is None:
+        raise ConfigError("--chat-template: without a tokenizer there is no chat; leave out --skip-tokenizer-init")
+    from server.chat_template import ChatTemplate
+
+    return ChatTemplate.chosen(settings.chat_template, tokenizer=tokenizer, max_chars=limits.max_rendered_chars)
 
 
 def listen(host: str, port: int, *, of: str = "") -> socket.socket:
@@ -190,6 +204,7 @@ class _Life:
     async def _serve_http(self, *, until: "asyncio.Task[None]") -> None:
         """Serve until the engine is given up or a signal came; then drain."""
         services, servers = await asyncio.to_thread(self._configure_http)
+        self._console.limits(limits_by_setting(self._prepared.limits))
         serving = [asyncio.create_task(http.serve(sockets=[listener])) for http, listener in servers]
         stop_asked = asyncio.create_task(self._stop_asked.wait())
         await asyncio.wait({until, *serving, stop_asked}, return_when=asyncio.FIRST_COMPLETED)
@@ -214,6 +229,7 @@ class _Life:
         app = create_app(
             client=self._supervisor.client,
             tokenizer=prepared.tokenizer,
+            chat_template=prepared.chat_template,
             model=prepared.options.model,
             model_name=settings.model_name,
             limits=prepared.limits,

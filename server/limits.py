@@ -26,6 +26,8 @@ class Limits:
 
     # fields of one request: server/preprocess.py
     max_prompts: int = 128
+    max_messages: int = 4096  # of one conversation
+    max_rendered_chars: int = 4 * 1024 * 1024  # of a conversation as the chat template writes it
     max_sequences: int = 256  # prompts times choices of one request
     max_logprobs: int = 20
     max_stop_strings: int = 16

@@ -9,9 +9,11 @@ from engine.client import EngineClient
 from engine.config import ModelConfig
 from engine.tokenizer import Tokenizer
 from server.admission import Admission
+from server.chat_template import ChatTemplate
 from server.grammar_check import GrammarCheck
 from server.limits import Limits
 from server.observability import Metrics
+from server.response_store import ResponseStore
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,11 +22,13 @@ class Services:
 
     client: EngineClient
     tokenizer: Tokenizer | None  # None with --skip-tokenizer-init
+    chat_template: ChatTemplate | None  # None without a tokenizer
     model: ModelConfig
     model_name: str
     limits: Limits
     admission: Admission
     metrics: Metrics
+    responses: ResponseStore
     grammar_check: GrammarCheck | None  # None without a tokenizer
     created: int  # unix seconds at which this model was first offered
     fingerprint: str

@@ -63,6 +63,7 @@ def _origins(value: object) -> tuple[str, ...]:
     return origins
 
 
+_SETTING_OF_LIMIT = {"max_queued_sequences": "max_num_queued_reqs", "max_queued_tokens": "max_num_queued_tokens"}  # others' names for them
 _LIMITS = Limits()
 _Count = Annotated[int, Field(ge=1)]
 _Bound = Annotated[int, Field(ge=0)]
@@ -82,6 +83,9 @@ class Settings(BaseSettings):
     model: Path | None = Field(None, description=f"directory with the weights, config.json and tokenizer.model (default: {DEFAULT_MODEL})")
     served_model_name: str | None = Field(None, min_length=1, description="the model's id in the API (default: the directory's name)")
     tokenizer: Path | None = Field(None, description="SentencePiece model (default: tokenizer.model in the model directory)")
+    chat_template: str | None = Field(
+        None, min_length=1, description="Jinja template of conversations: a file, or the template itself (default: Grok's own format)"
+    )
     skip_tokenizer_init: bool = Field(False, description="serve token ids without any tokenizer")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: float32 on a CPU, bfloat16 on a GPU")
     max_model_len: _Count | None = Field(None, description="prompt plus output of one sequence, in tokens (default: the model's context)")
@@ -161,6 +165,10 @@ class Settings(BaseSettings):
         _LIMITS.max_discarded_bytes, description="of a refused body, read so that the client sees the refusal"
     )
     max_prompts: _Count = Field(_LIMITS.max_prompts, description="prompts in one request")
+    max_messages: _Count = Field(_LIMITS.max_messages, description="messages in one conversation")
+    max_rendered_chars: _Count = Field(
+        _LIMITS.max_rendered_chars, description="characters of a conversation as the chat template writes it"
+    )
     max_sequences: _Count = Field(_LIMITS.max_sequences, description="prompts times choices of one request")
     max_stop_strings: _Bound = Field(_LIMITS.max_stop_strings, description="stop strings of one request")
     max_stop_chars: _Count = Field(_LIMITS.max_stop_chars, description="characters of one stop string")
@@ -195,8 +203,7 @@ class Settings(BaseSettings):
     @property
     def limits(self) -> Limits:
         """The limits' part of the settings."""
-        renamed = {"max_queued_sequences": "max_num_queued_reqs", "max_queued_tokens": "max_num_queued_tokens"}
-        return Limits(**{field.name: getattr(self, renamed.get(field.name, field.name)) for field in fields(Limits)})
+        return Limits(**{field.name: getattr(self, _SETTING_OF_LIMIT.get(field.name, field.name)) for field in fields(Limits)})
 
     def read_keys(self) -> ApiKeys:
         """All keys, the file's among them. Raises `ConfigError` for a file that is wrong."""
@@ -268,6 +275,11 @@ def default_model_dir() -> Path:
     if not model_dir.is_dir():
         raise ConfigError(f"the default model {DEFAULT_MODEL} is not installed; name a model directory with --model")
     return model_dir
+
+
+def limits_by_setting(limits: Limits) -> dict[str, int | float | None]:
+    """Every limit, by the name of the setting that changes it."""
+    return {_SETTING_OF_LIMIT.get(field.name, field.name): getattr(limits, field.name) for field in fields(Limits)}
 
 
 def engine_options(settings: Settings, model: ModelConfig | None = None) -> EngineOptions:

@@ -205,7 +205,8 @@ class ToolCallReader:
 
 
 def tools_grammar(conversation: Conversation, *, text_grammar: str | None = None) -> str | None:
-    """The llguidance grammar of an answer to this conversation; `text_grammar`, where given, is that of an answer in text.
+    """The llguidance grammar of an answer to this conversation; `text_grammar`, where given, is that of an answer in text, as
+    llguidance serializes a JSON schema.
 
     With `tool_choice` auto a text, with free text also one that ends in calls; otherwise calls alone. Where no tool may be called, the
     grammar of the text, if any. Nothing is checked here: a schema may be one that llguidance refuses.
@@ -232,9 +233,7 @@ def tools_grammar(conversation: Conversation, *, text_grammar: str | None = None
 
 
 def _single(grammar: str) -> dict[str, Any]:
-    """A grammar, in llguidance's serialized form or in Lark, as a member of a larger one."""
-    if not grammar.startswith("{"):
-        return {"lark_grammar": grammar}
+    """A serialized grammar, as a member of a larger one."""
     (member,) = json.loads(grammar)["grammars"]
     return member
 

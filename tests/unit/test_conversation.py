@@ -80,6 +80,13 @@ def test_the_choice_says_which_tools_may_be_called():
     assert callable_with("get_time") == (CLOCK,)
 
 
+def test_a_tool_may_be_called_like_a_choice():
+    for name in ("none", "auto", "required"):
+        named = Conversation(turns=(ASK,), tools=(WEATHER, Tool(name=name)), tool_choice=name)
+        assert named.callable_tools == (Tool(name=name),)
+        assert named.must_call
+
+
 def test_a_last_message_goes_on_only_where_it_is_open():
     reply = Turn(role="assistant", text="The")
     called = Turn(role="assistant", text="", tool_calls=(ToolCall(id="a", name="get_time", arguments="{}"),))
