@@ -9,9 +9,11 @@ import math
 import os
 import shlex
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import structlog
+from rich.columns import Columns
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
@@ -60,6 +62,14 @@ class Console:
         self._line(f"Starting {self._model_name} on {self._url}")
         if self._metrics_url is not None:
             self._line(f"Metrics on {self._metrics_url}")
+
+    def limits(self, values: Mapping[str, int | float | None]) -> None:
+        """All bounds on what clients may send and hold: a table on a terminal, else one log line."""
+        if not self._terminal.is_terminal:
+            log.info("limits", **values)
+            return
+        cells = [f"{name} {readable_number(value)}" for name, value in values.items()]
+        self._terminal.print(Columns(cells, title="limits", column_first=True, padding=(0, 3)), markup=False)
 
     def engine_progressed(self, progress: Progress) -> None:
         """A line per program. Of the rest, a bar per phase on a terminal; else a line at its start and end and every few seconds."""
@@ -126,6 +136,13 @@ def curl(url: str, model_name: str, *, has_tokenizer: bool, needs_key: bool = Fa
         body |= {"prompt": [1], "max_tokens": 16, "logprobs": 0, "return_tokens_as_token_ids": True}
     key = ' -H "authorization: Bearer $API_KEY"' if needs_key else ""
     return f"curl {url}/v1/completions{key} -H 'content-type: application/json' -d {shlex.quote(json.dumps(body))}"
+
+
+def readable_number(value: int | float | None) -> str:
+    """`1,024`, `2.5`, `none`."""
+    if value is None:
+        return "none"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,g}"
 
 
 def readable_bytes(count: int) -> str:

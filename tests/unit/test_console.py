@@ -7,9 +7,12 @@ from dataclasses import replace
 
 import pytest
 from fake_core import engine_options, options_info
+from structlog.testing import capture_logs
 
 from engine.types import Progress
 from server.console import Console
+from server.limits import Limits
+from server.settings import limits_by_setting
 
 PROGRAM = """
 import sys
@@ -101,3 +104,21 @@ def test_a_ready_engine_says_how_many_of_its_programs_were_compiled_before(capsy
     console.engine_ready(replace(options_info(engine_options()), num_programs=7, num_cached_programs=5))
 
     assert "7 programs, 5 of them compiled before" in capsys.readouterr().out
+
+
+def test_the_limits_are_a_table_on_a_terminal_and_a_log_line_elsewhere(capsys, monkeypatch):
+    limits = limits_by_setting(replace(Limits(), max_tenant_tokens=None, write_timeout_s=2.5))
+
+    with capture_logs() as lines:
+        Console(url="http://127.0.0.1:1", model_name="m", has_tokenizer=True).limits(limits)
+    elsewhere = capsys.readouterr().out
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "120")
+    with capture_logs() as none:
+        Console(url="http://127.0.0.1:1", model_name="m", has_tokenizer=True).limits(limits)
+    on_terminal = capsys.readouterr().out
+
+    assert (elsewhere, none) == ("", [])
+    assert lines == [{"event": "limits", "log_level": "info", **limits}]
+    for cell in ("max_connections 1,024", "max_tenant_tokens none", "write_timeout_s 2.5"):
+        assert cell in on_terminal

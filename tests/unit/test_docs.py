@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 from fake_engine import FakeEngineClient
 
+from server.console import readable_number
 from server.limits import Limits
 from server.observability import Metrics
 from server.schemas.common import MAX_PRIORITY
 from server.schemas.completions import CompletionRequest
 from server.schemas.tokens import DetokenizeRequest, TokenizeRequest
-from server.settings import Settings
+from server.settings import Settings, limits_by_setting
 from server.watchdog import START_SILENCE_S, STEPS_PER_TIMEOUT
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -97,6 +98,12 @@ def test_the_documents_give_the_bounds_of_the_whole_server_as_they_are():
     assert f"as many as the cache holds and {limits.max_queued_tokens:,} more" in API
     assert limits.max_queued_tokens == limits.max_queued_sequences * 8192  # "what the default queue holds at Grok-1's whole context"
     assert (limits.max_tenant_sequences, limits.max_tenant_tokens) == (None, None)  # "off unless set"
+
+
+def test_the_operations_guide_has_every_limit_with_its_default():
+    documented = {row[0].strip("`"): row[1] for row in rows(OPERATIONS, "Limits")}
+
+    assert documented == {name: readable_number(value) for name, value in limits_by_setting(Limits()).items()}
 
 
 def test_every_metric_in_the_operations_guide_exists():
