@@ -58,6 +58,9 @@ class NullRunner:
     def reset_slot(self, slot: int, sampling: SamplingParams, end_token_ids: tuple[int, ...], **tokens: object) -> None:
         """Nothing is kept per slot."""
 
+    def write_masks(self, masks: object) -> None:
+        """Nor here."""
+
     def launch(self, batch: Batch) -> NullOutput:  # noqa: ARG002
         return self._output
 

@@ -30,11 +30,14 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from engine.config import EngineConfig, EngineOptions
+from engine.constraints import Grammars
 from engine.errors import EngineError, RequestError, TransportError
+from engine.grammar import GrammarMatcher, GrammarTokenizer
 from engine.messages import (
     Abort,
     Configure,
@@ -57,7 +60,7 @@ if TYPE_CHECKING:  # it imports jax
     from engine.programs import Programs
 
 SIGN_OF_LIFE_S = 0.5  # at most this long, and a step, without a message
-SLOT_BYTES_PER_TOKEN = 10  # of the vocabulary, per running sequence: counts, biases and two flags (`engine/sampling.py`)
+SLOT_BYTES_PER_TOKEN = 10.125  # of the vocabulary, per running sequence: counts, biases, two flags and a bit (`engine/sampling.py`)
 WORKSPACE_BYTES = 2 << 30  # of an accelerator: activations and what the programs themselves take
 
 START_FAILED = 2
@@ -175,10 +178,12 @@ class OnDevices:
 
     def __init__(self) -> None:
         self._programs: Programs | None = None  # compiled ahead
+        self._grammars: Grammars | None = None  # loaded ahead
 
     def prepare(self, options: EngineOptions, *, backend: str) -> None:
         """On a CPU everything is compiled. An accelerator is not touched: its memory is the running engine's."""
         _prepare_environment(options)
+        self._grammars = _load_grammars(options)
         from engine.build import compile_ahead
 
         if backend == "cpu":
@@ -188,7 +193,17 @@ class OnDevices:
         _prepare_environment(options)
         from engine.build import build_engine
 
-        return build_engine(_resolve(options), report=report, programs=self._programs)
+        grammars = self._grammars or _load_grammars(options)
+        return build_engine(_resolve(options), report=report, programs=self._programs, grammars=grammars)
+
+
+def _load_grammars(options: EngineOptions) -> Grammars | None:
+    """What compiles grammars for the model's tokens, where there is a tokenizer. Raises `TokenizerError`."""
+    if options.tokenizer_path is None:
+        return None
+    model = options.model
+    tokenizer = GrammarTokenizer.load(Path(options.tokenizer_path), vocab_size=model.vocab_size, eos_token=model.eos_token)
+    return Grammars(partial(GrammarMatcher, tokenizer))
 
 
 def _resolve(options: EngineOptions) -> EngineConfig:
@@ -213,7 +228,7 @@ def _free_bytes(options: EngineOptions, memory_stats: dict[str, int]) -> int:
     """What the devices of one data shard have left for the cache beside weights (as large as their files), slots and workspace."""
     num_devices = options.mesh.expert * options.mesh.tensor
     weight_bytes = sum(path.stat().st_size for path in Path(options.model_dir).rglob("tensor*"))
-    slot_bytes = SLOT_BYTES_PER_TOKEN * options.scheduler.max_num_seqs * options.model.vocab_size  # on every device
+    slot_bytes = int(SLOT_BYTES_PER_TOKEN * options.scheduler.max_num_seqs * options.model.vocab_size)  # on every device
     return num_devices * (memory_stats.get("bytes_limit", 0) - WORKSPACE_BYTES - slot_bytes) - weight_bytes
 
 

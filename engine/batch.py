@@ -23,9 +23,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.block_pool import SCRATCH_BLOCK
+from engine.constraints import is_constrained
 from engine.scheduler import Schedule, ScheduledTokens
 from engine.sequence import Sequence
-from engine.types import SamplingParams
+from engine.types import GenerationRequest
 
 TILE = 8  # rows that every reduction is computed with, whatever the step's size
 PENDING = -1  # in `StepInput.token_ids`
@@ -61,6 +62,7 @@ class StepInput(NamedTuple):
     seeds: Any  # [S, 2] high and low word
     top_k: Any  # [S] 0 means all
     mask_end: Any  # [S] 1 while min_tokens are not out
+    is_masked: Any  # [S] 1 where only the tokens of the slot's mask may be chosen
     temperature: Any  # float32 [S] 0 means greedy
     top_p: Any  # float32 [S]
     min_p: Any  # float32 [S]
@@ -128,10 +130,12 @@ class Batch:
     token_starts: tuple[int, ...]  # first token of each row
 
 
-def is_plain_greedy(sampling: SamplingParams) -> bool:
+def is_plain_greedy(request: GenerationRequest) -> bool:
     """True if nothing but the most likely token is asked of every step."""
+    sampling = request.sampling
     return (
         sampling.temperature == 0
+        and not is_constrained(request)
         and not sampling.has_penalties
         and not sampling.logit_bias
         and not sampling.min_tokens
@@ -155,6 +159,7 @@ class _SlotRows:
         self.block_tables = np.zeros((num_slots, blocks_per_seq), np.int32)
         self.num_blocks = [0] * num_slots  # entered in `block_tables`
         self.is_plain_greedy = np.zeros(num_slots, bool)
+        self.is_masked = np.zeros(num_slots, bool)
         self.num_prompt_tokens = np.zeros(num_slots, np.int64)
         self.num_shared_tokens = np.zeros(num_slots, np.int64)
         self.min_tokens = np.zeros(num_slots, np.int64)
@@ -169,7 +174,8 @@ class _SlotRows:
             raise RuntimeError(f"a sequence was admitted to slot {slot}, there are 0 to {len(self.block_tables) - 1}")
         self.num_blocks[slot] = 0
         self.block_tables[slot] = SCRATCH_BLOCK
-        self.is_plain_greedy[slot] = is_plain_greedy(sampling)
+        self.is_plain_greedy[slot] = is_plain_greedy(sequence.request)
+        self.is_masked[slot] = is_constrained(sequence.request)
         self.num_prompt_tokens[slot] = sequence.num_prompt_tokens
         self.num_shared_tokens[slot] = sequence.num_shared_tokens
         self.min_tokens[slot] = sampling.min_tokens
@@ -245,6 +251,7 @@ class Batcher:
         step.seeds[:count] = rows.seeds[slots]
         step.top_k[:count] = rows.top_k[slots]
         step.mask_end[:count] = ends - rows.num_prompt_tokens[slots] < rows.min_tokens[slots]
+        step.is_masked[:count] = rows.is_masked[slots]
         for name, column in rows.knobs.items():
             getattr(step, name)[:count] = column[slots]
 

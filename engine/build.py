@@ -17,6 +17,7 @@ from engine.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from engine.checkpoint.load import load_params, param_shapes
 from engine.compile_cache import drop_damaged_entries
 from engine.config import EngineConfig
+from engine.constraints import Grammars
 from engine.core import EngineCore
 from engine.model.params import Params, each_spec, param_specs
 from engine.programs import Programs
@@ -25,10 +26,17 @@ from engine.sharding import make_mesh
 from engine.types import EngineInfo, Progress
 
 
-def build_engine(config: EngineConfig, *, report: Callable[[Progress], None], programs: Programs | None = None) -> EngineCore:
+def build_engine(
+    config: EngineConfig,
+    *,
+    report: Callable[[Progress], None],
+    programs: Programs | None = None,
+    grammars: Grammars | None = None,
+) -> EngineCore:
     """A ready engine. Raises `ConfigError` for a mesh that does not fit, `CheckpointError` for files that do not hold the weights.
 
-    `programs` that were compiled ahead are used where they fit what is in the files now.
+    `programs` that were compiled ahead are used where they fit what is in the files now. Without `grammars`, requests with a grammar are
+    refused.
     """
     use_compile_cache(config.compile_cache_dir)
     mesh = make_mesh(config.mesh, config.model)
@@ -64,7 +72,7 @@ def build_engine(config: EngineConfig, *, report: Callable[[Progress], None], pr
         load_s=load_s,
         compile_s=compile_s,
     )
-    return EngineCore(config, runner, info)
+    return EngineCore(config, runner, info, grammars=grammars)
 
 
 def compile_ahead(config: EngineConfig) -> Programs:

@@ -282,6 +282,7 @@ class EngineOptions:
 
     model: ModelConfig
     model_dir: str
+    tokenizer_path: str | None = None  # of a SentencePiece model; None: requests with a grammar are refused
     scheduler: SchedulerConfig
     dtype: DType | Literal["auto"] = "auto"
     mesh: MeshConfig = MeshConfig()

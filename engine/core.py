@@ -4,6 +4,10 @@ Runs in the engine process, on one thread. A step: schedule, launch, then collec
 has its next work before the host looks at the last result, and the host works while the device does. The price: a sequence that ends by
 its token is found finished one step late, and what that step computed for it is thrown away.
 
+A sequence whose next choice depends on its last one (`engine/constraints.py`) needs the host in between: its token counts as pending until
+the host has found what may follow, so the scheduler leaves it out that long, while the others stay one step ahead. One with a grammar
+joins the scheduler when that is compiled.
+
 The core deals in token ids only and gets its runner handed in, so this file and everything under it start without jax.
 """
 
@@ -13,17 +17,21 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from engine.batch import Batch, Batcher, StepLayout
 from engine.block_pool import BlockPool
 from engine.config import EngineConfig
+from engine.constraints import Constraint, Grammars, is_constrained
 from engine.errors import RequestError
 from engine.prefix_cache import PrefixCache
 from engine.prompt_scores import BlockScores, ScoreCollector
 from engine.scheduler import Schedule, ScheduledTokens, Scheduler
 from engine.sequence import Sequence
-from engine.stop import end_token_ids, finish_reason, is_past_deadline
+from engine.stop import end_token_ids, finish_reason, is_end, is_past_deadline
 from engine.types import EngineInfo, EngineStats, FinishReason, GenerationRequest, SamplingParams, TokenDelta, TokenLogprob
+
+IDLE_WAIT_S = 0.005  # for threads, while there is nothing else to do; then messages are looked for
 
 
 class Runner(Protocol):
@@ -41,6 +49,7 @@ class Runner(Protocol):
         prompt_token_ids: Iterable[int] = (),
         output_token_ids: Iterable[int] = (),
     ) -> None: ...
+    def write_masks(self, masks: list[tuple[int, NDArray[np.int32]]]) -> None: ...
     def launch(self, batch: Batch) -> Any: ...
     def collect(self, output: Any) -> Any: ...
 
@@ -52,10 +61,28 @@ class _InFlight(NamedTuple):
     output: Any
 
 
+class _Chosen(NamedTuple):
+    """A token that counts as pending until the host knows what may follow it."""
+
+    sequence: Sequence
+    token: int
+    logprobs: tuple[TokenLogprob, ...]
+    scores: tuple[TokenLogprob, ...]
+
+
 class EngineCore:
     """Sequences come in by `submit`, leave by finishing or by `abort`, and advance by `step`."""
 
-    def __init__(self, config: EngineConfig, runner: Runner, info: EngineInfo, *, clock: Callable[[], float] = time.monotonic):
+    def __init__(
+        self,
+        config: EngineConfig,
+        runner: Runner,
+        info: EngineInfo,
+        *,
+        grammars: Grammars | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        """Without `grammars`, requests with a grammar are refused."""
         self.info = info
         self.config = config
         self.runner = runner
@@ -73,6 +100,11 @@ class EngineCore:
         self._eos_token = config.model.eos_token
         self._max_model_len = config.scheduler.max_model_len
         self._sequences: dict[str, Sequence] = {}
+        self._grammars = grammars
+        self._constraints: dict[Sequence, Constraint] = {}  # of those that have one
+        self._compiling: dict[Constraint, Sequence] = {}  # not in the scheduler yet
+        self._advancing: dict[Constraint, _Chosen] = {}
+        self._masks: dict[int, NDArray[np.int32]] = {}  # by slot: what the device knows of the sequence in it
         self._in_flight: _InFlight | None = None
         self._next_deadline_s = math.inf  # nobody's deadline is earlier
         self._num_arrivals = 0
@@ -80,7 +112,7 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        return self.scheduler.has_work or bool(self._compiling)
 
     def submit(self, request: GenerationRequest, *, output_token_ids: tuple[int, ...] = (), num_scored_tokens: int = 0) -> None:
         """Queue a request. Raises `RequestError` for one that could never run.
@@ -88,6 +120,7 @@ class EngineCore:
         A generation that another engine began goes on behind the output tokens and prompt log-probabilities that it has given already.
         """
         self._check(request, output_token_ids)
+        constraint = self._constraint(request, output_token_ids)
         is_scored = request.sampling.prompt_logprobs is not None
         sequence = Sequence(
             request=request,
@@ -100,7 +133,14 @@ class EngineCore:
         self._sequences[request.request_id] = sequence
         if request.deadline_s is not None:
             self._next_deadline_s = min(self._next_deadline_s, request.deadline_s)
-        self.scheduler.add(sequence)
+        if constraint is not None:
+            self._constraints[sequence] = constraint
+            sequence.needs_host = constraint.needs_host
+        if constraint is not None and constraint.grammar is not None and self._grammars is not None:
+            self._compiling[constraint] = sequence
+            self._grammars.start(constraint, output_token_ids)
+        else:
+            self.scheduler.add(sequence)
 
     def abort(self, request_id: str) -> None:
         """Forget a request; its blocks are free at once. Unknown ids have just finished and are no error."""
@@ -113,19 +153,22 @@ class EngineCore:
         Raises `RuntimeError` if work is pending and none can be done.
         """
         deltas = self._expire()
+        if self._grammars is not None:
+            deltas += self._resume(self._grammars.take())
         launched = self._launch(self.scheduler.schedule())
         collected, self._in_flight = self._in_flight, launched
         if collected is not None:
             deltas += self._commit(collected)
         elif launched is None and self.has_work:
-            raise RuntimeError(f"nothing can be computed: {self.stats()}")
+            deltas += self._wait()
+        deltas += self._resume_displaced()
         return deltas
 
     def stats(self) -> EngineStats:
         """Gauges and totals as of now."""
         return EngineStats(
             num_running=len(self.scheduler.running),
-            num_waiting=self.scheduler.num_waiting,
+            num_waiting=self.scheduler.num_waiting + len(self._compiling),
             num_blocks_used=self.pool.num_held,
             num_blocks_cached=self.pool.num_cached,
             num_blocks=self.pool.num_blocks,
@@ -150,13 +193,28 @@ class EngineCore:
             "output": output_token_ids,
             "stop_token_ids": sampling.stop_token_ids,
             "logit_bias": sampling.logit_bias,
+            "allowed_token_ids": sampling.allowed_token_ids,
+            "bad_words": [token for run in sampling.bad_words for token in run],
         }
         for name, ids in fields.items():
             if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
                 raise RequestError(f"{name} holds token ids from {min(ids)} to {max(ids)}, the vocabulary has 0 to {vocab_size - 1}")
+        if not all(sampling.bad_words):
+            raise RequestError("bad_words holds a run of no tokens")
+        if request.grammar is not None and self._grammars is None:
+            raise RequestError("this engine has no tokenizer and so can follow no grammar")
         limit = min(self.config.scheduler.max_model_len, self.pool.num_blocks * self.config.cache.block_size)
         if num_prompt + num_output > limit:
             raise RequestError(f"{num_prompt} prompt tokens and {num_output} output tokens exceed the limit of {limit}")
+
+    def _constraint(self, request: GenerationRequest, output_token_ids: tuple[int, ...]) -> Constraint | None:
+        """What limits its choices, if anything does and it has any. Raises `RequestError` where they leave nothing."""
+        if not is_constrained(request) or not request.sampling.max_tokens:
+            return None
+        constraint = Constraint(request, vocab_size=self.config.model.vocab_size, eos_token=self._eos_token)
+        if constraint.grammar is None:
+            constraint.start(None, output_token_ids)
+        return constraint
 
     def _expire(self) -> list[TokenDelta]:
         """End what is past its deadline."""
@@ -176,6 +234,8 @@ class EngineCore:
         for sequence in schedule.admitted:
             self._reset_slot(sequence)
         batch = self.batcher.build(schedule)
+        if self._constraints and (masks := self._new_masks(schedule)):
+            self.runner.write_masks(masks)
         self._num_steps += 1
         return _InFlight(batch, self.runner.launch(batch))
 
@@ -183,6 +243,7 @@ class EngineCore:
         """Hand a slot over, with the tokens that count for penalties but that no step will show to it: those of a prefix hit."""
         sampling = sequence.request.sampling
         assert sequence.slot is not None, "an admitted sequence has a slot"
+        self._masks.pop(sequence.slot, None)
         num_hit = min(sequence.num_shared_tokens, len(sequence.token_ids) - 1) if sampling.has_penalties else 0
         self.runner.reset_slot(
             sequence.slot,
@@ -191,6 +252,17 @@ class EngineCore:
             prompt_token_ids=sequence.token_ids[: min(num_hit, sequence.num_prompt_tokens)],
             output_token_ids=sequence.token_ids[sequence.num_prompt_tokens : num_hit],
         )
+
+    def _new_masks(self, schedule: Schedule) -> list[tuple[int, NDArray[np.int32]]]:
+        """Masks that this step needs and the device has not, by slot."""
+        masks: list[tuple[int, NDArray[np.int32]]] = []
+        for item in schedule.items:
+            slot, constraint = item.sequence.slot, self._constraints.get(item.sequence)
+            if constraint is None or slot is None or not item.chooses_token or self._masks.get(slot) is constraint.words:
+                continue
+            self._masks[slot] = constraint.words
+            masks.append((slot, constraint.words))
+        return masks
 
     def _commit(self, step: _InFlight) -> list[TokenDelta]:
         """Enter a step's results into its sequences; those that are over meanwhile are passed by."""
@@ -207,21 +279,68 @@ class EngineCore:
             if (item.chooses_token and not is_finite[row]) or (scores and not _are_finite(scores)):
                 deltas.append(self._delta(sequence, FinishReason.ERROR))
             elif item.chooses_token:
-                deltas.append(self._add_token(sequence, token_ids[row], scores, output.logprobs, row))
+                num_top = sequence.request.sampling.logprobs
+                logprobs = () if num_top is None else (_logprob(output.logprobs, row, token_ids[row], num_top),)
+                deltas += self._choose(_Chosen(sequence, token_ids[row], logprobs, scores))
             elif _is_all(item):
                 deltas.append(self._delta(sequence, FinishReason.LENGTH, scores=scores))
             elif scores:
                 deltas.append(self._delta(sequence, None, scores=scores))
+        if self._advancing and self._grammars is not None:
+            deltas += self._resume(self._grammars.take_quick())
         return deltas
 
-    def _add_token(self, sequence: Sequence, token: int, scores: tuple[TokenLogprob, ...], logprobs: Any, row: int) -> TokenDelta:
+    def _choose(self, chosen: _Chosen) -> list[TokenDelta]:
+        """Enter a token, unless a thread has to find first what may follow it."""
+        sequence = chosen.sequence
+        constraint = self._constraints.get(sequence)
+        if constraint is None or not constraint.needs_host or is_end(chosen.token, sequence.request.sampling, eos_token=self._eos_token):
+            return [self._add_token(chosen)]
+        if constraint.grammar is None or self._grammars is None:
+            constraint.advance(chosen.token)
+            return [self._add_token(chosen)]
+        self._advancing[constraint] = chosen
+        self._grammars.advance(constraint, chosen.token)
+        return []
+
+    def _resume(self, done: list[Constraint]) -> list[TokenDelta]:
+        """Let sequences go on, or come in, whose next choice is known; those that are over meanwhile are passed by."""
+        deltas: list[TokenDelta] = []
+        for constraint in done:
+            if (sequence := self._compiling.get(constraint)) is not None:
+                if constraint.finish is not None:
+                    deltas.append(self._delta(sequence, constraint.finish))
+                else:
+                    del self._compiling[constraint]
+                    self.scheduler.add(sequence)
+            elif (chosen := self._advancing.pop(constraint, None)) is not None:
+                deltas.append(self._add_token(chosen))
+        return deltas
+
+    def _resume_displaced(self) -> list[TokenDelta]:
+        """Wait for those who lost their slot in this step: none is admitted again while its token is pending."""
+        deltas: list[TokenDelta] = []
+        while any(chosen.sequence.slot is None for chosen in self._advancing.values()):
+            assert self._grammars is not None, "a thread is at work"
+            deltas += self._resume(self._grammars.take(wait_s=IDLE_WAIT_S))
+        return deltas
+
+    def _wait(self) -> list[TokenDelta]:
+        """There is work and no step: only threads can bring it on."""
+        if self._grammars is None or not (self._compiling or self._advancing):
+            raise RuntimeError(f"nothing can be computed: {self.stats()}")
+        return self._resume(self._grammars.take(wait_s=IDLE_WAIT_S))
+
+    def _add_token(self, chosen: _Chosen) -> TokenDelta:
         """The pending token is known."""
+        sequence, token, logprobs, scores = chosen
         sequence.token_ids.append(token)
         sequence.num_pending_tokens -= 1
-        num_top = sequence.request.sampling.logprobs
-        logprob = () if num_top is None else (_logprob(logprobs, row, token, num_top),)
         reason = finish_reason(sequence, eos_token=self._eos_token, max_model_len=self._max_model_len)
-        return self._delta(sequence, reason, token_ids=(token,), logprobs=logprob, scores=scores)
+        constraint = self._constraints.get(sequence)
+        if constraint is not None and (reason is None or constraint.finish is FinishReason.STOP):
+            reason = constraint.finish
+        return self._delta(sequence, reason, token_ids=(token,), logprobs=logprobs, scores=scores)
 
     def _scores(self, item: ScheduledTokens, scores: Any, offset: int) -> tuple[TokenLogprob, ...]:
         """Log-probabilities of prompt tokens that are known now and not sent yet; `offset` is the item's first row in `scores`.
@@ -276,7 +395,12 @@ class EngineCore:
     def _end(self, sequence: Sequence, *, is_sound: bool = True) -> None:
         """Give back all that it holds; nobody finds in the prefix cache what a failed sequence computed."""
         del self._sequences[sequence.request.request_id]
-        self.scheduler.remove(sequence, discard=not is_sound)
+        constraint = self._constraints.pop(sequence, None)
+        is_scheduled = constraint is None or self._compiling.pop(constraint, None) is None
+        if constraint is not None:
+            self._advancing.pop(constraint, None)
+        if is_scheduled:
+            self.scheduler.remove(sequence, discard=not is_sound)
         sequence.is_over = True
 
 

@@ -1,7 +1,8 @@
 """Programs: everything that the engine runs on its devices, compiled before readiness and made from shapes alone.
 
-One program per bucket and kind of step, and one that resets a slot; nothing else is ever called. Because compiling needs no weights and no
-memory of the devices, it goes on beside the loading of the weights, and a standby process can have it behind it (`engine/build.py`).
+One program per bucket and kind of step, one that resets a slot, and one that enters masks; nothing else is ever called. Because compiling
+needs no weights and no memory of the devices, it goes on beside the loading of the weights, and a standby process can have it behind it
+(`engine/build.py`).
 """
 
 import threading
@@ -34,12 +35,14 @@ from engine.sampling import (
     logprobs_of,
     remember_tokens,
     resolve_tokens,
+    write_masks,
     write_slot,
 )
 from engine.sharding import replicated, sharding_of
 from engine.types import Progress
 
 SLOT_WRITE_LEN = 256  # tokens of a slot entered per call
+MAX_MASK_ROWS = 64  # masks entered per call
 ENTRY_TYPES = (jnp.int32, jnp.float32, jnp.bool_, jnp.bool_, jnp.int32)  # of `SlotEntries`
 CHOOSE_BYTES = 1 << 20  # of one array over the vocabulary while tokens are chosen, where a backend loops over tiles
 SCORE_ROWS = 128  # positions whose logits exist at the same time, where a backend computes whole buckets
@@ -107,6 +110,8 @@ class Programs:
         self.num_cached = 0  # of these, read from the persistent compilation cache
         self.steps: dict[tuple[StepLayout, StepKind], Callable[..., tuple[DeviceState, StepOutput]]] = {}
         self.write_slot: Callable[..., SlotState] | None = None
+        self.write_masks: Callable[..., Any] | None = None
+        self.num_mask_rows = min(MAX_MASK_ROWS, config.scheduler.max_num_seqs)  # that `write_masks` takes
         self._config = config
         self._params = params
         self._mesh = mesh
@@ -130,6 +135,7 @@ class Programs:
                     job = threads.submit(_is_cache_hit, partial(self._compile_step, layout, kind))
                     jobs[job] = f"step of {layout.num_tokens} tokens, {kind.name.lower()}"
             jobs[threads.submit(_is_cache_hit, self._compile_write_slot)] = "slot reset"
+            jobs[threads.submit(_is_cache_hit, self._compile_write_masks)] = "masks"
             for done, job in enumerate(as_completed(jobs), start=1):
                 is_hit = job.result()
                 self.num_cached += is_hit
@@ -149,14 +155,23 @@ class Programs:
         self.steps[layout, kind] = lowered.compile()
 
     def _compile_write_slot(self) -> None:
-        def shaped(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(self._mesh))
-
-        entries = SlotEntries(*(shaped((SLOT_WRITE_LEN,), dtype) for dtype in ENTRY_TYPES))
+        entries = SlotEntries(*(self._shaped((SLOT_WRITE_LEN,), dtype) for dtype in ENTRY_TYPES))
         jitted = jax.jit(write_slot, donate_argnums=0, out_shardings=replicated(self._mesh))
         with self._lowering:
-            lowered = jitted.lower(self._state.slots, shaped((), jnp.int32), shaped((), bool), entries)
+            lowered = jitted.lower(self._state.slots, self._shaped((), jnp.int32), self._shaped((), bool), entries)
         self.write_slot = lowered.compile()
+
+    def _compile_write_masks(self) -> None:
+        masks = self._state.slots.masks
+        slots = self._shaped((self.num_mask_rows,), jnp.int32)
+        words = self._shaped((self.num_mask_rows, masks.shape[1]), jnp.int32)
+        jitted = jax.jit(write_masks, donate_argnums=0, out_shardings=replicated(self._mesh))
+        with self._lowering:
+            lowered = jitted.lower(masks, slots, words)
+        self.write_masks = lowered.compile()
+
+    def _shaped(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(self._mesh))
 
 
 class _CacheHits(threading.local):

@@ -7,12 +7,14 @@ failed has lost them, and so the runner with it. What it calls was compiled befo
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from numpy.typing import NDArray
 
 from engine.batch import TILE, Batch, StepKind
 from engine.config import EngineConfig
@@ -74,6 +76,19 @@ class ModelRunner:
         for start in range(0, max(1, len(entries)), SLOT_WRITE_LEN):
             columns = list(zip(*entries[start : start + SLOT_WRITE_LEN], strict=True)) or [()] * len(SlotEntries._fields)
             self._enter(slot, is_first=start == 0, columns=columns)
+
+    def write_masks(self, masks: Sequence[tuple[int, NDArray[np.int32]]]) -> None:
+        """Enter which tokens may be chosen in some slots, from the next step on that says so: (slot, a bit per token) each."""
+        assert self._programs.write_masks is not None, "the programs are compiled first"
+        num_slots, num_words = self._state.slots.masks.shape
+        num_rows = self._programs.num_mask_rows
+        for first in range(0, len(masks), num_rows):
+            chunk = masks[first : first + num_rows]
+            slots, words = np.full(num_rows, num_slots, np.int32), np.zeros((num_rows, num_words), np.int32)
+            slots[: len(chunk)] = [slot for slot, _ in chunk]
+            words[: len(chunk)] = [row for _, row in chunk]
+            entered = self._programs.write_masks(self._state.slots.masks, slots, words)
+            self._state = DeviceState(self._state.cache, replace(self._state.slots, masks=entered))
 
     def launch(self, batch: Batch) -> StepOutput:
         """Start a step, and the copying of its result to the host as soon as it is there; returns arrays still being computed."""

@@ -4,8 +4,8 @@ Nothing here sorts the vocabulary. Top-k and top-p find their threshold by bisec
 exact for any k and any distribution; equal values at the threshold are kept in the order of their ids, as a stable sort would. One uniform
 number per token, a function of (seed, choice, position) only, is looked up in the cumulative distribution.
 
-The order: repetition, frequency and presence penalties, bias, end-token mask, temperature, min-p, top-k, top-p. Log-probabilities are the
-log-softmax of the logits before any of these.
+The order: repetition, frequency and presence penalties, bias, end-token mask, mask of allowed tokens, temperature, min-p, top-k, top-p.
+Log-probabilities are the log-softmax of the logits before any of these.
 """
 
 from dataclasses import dataclass, replace
@@ -18,6 +18,7 @@ from engine.batch import StepInput
 from engine.shapes import Array, Bool, Float32, Int32
 
 CDF_BLOCK = 128  # tokens per block of the two-level cumulative sum
+WORD_BITS = 32  # tokens per word of a mask
 
 
 @jax.tree_util.register_dataclass
@@ -30,6 +31,7 @@ class SlotState:
     bias: Any  # float32 [slots, V] added to the logits
     is_end: Any  # bool [slots, V] tokens that end the sequence
     last_tokens: Any  # int32 [slots] chosen by the last step that chose one
+    masks: Any  # int32 [slots, V / 32] a bit per token that may be chosen, the lowest first; counts where the step says so
 
 
 class Knobs(NamedTuple):
@@ -41,6 +43,7 @@ class Knobs(NamedTuple):
     seeds: Any
     top_k: Any
     mask_end: Any
+    is_masked: Any
     temperature: Any
     top_p: Any
     min_p: Any
@@ -70,6 +73,7 @@ def empty_slots(num_slots: int, vocab_size: int) -> SlotState:
         bias=jnp.zeros(shape, jnp.float32),
         is_end=jnp.zeros(shape, bool),
         last_tokens=jnp.zeros(num_slots, jnp.int32),
+        masks=jnp.zeros((num_slots, -(-vocab_size // WORD_BITS)), jnp.int32),
     )
 
 
@@ -95,7 +99,13 @@ def write_slot(state: SlotState, slot: Int32[Array, ""], is_first: Bool[Array, "
         bias=state.bias.at[slot].set(jnp.where(keep, state.bias[slot], 0.0).at[index].add(entries.bias, mode="drop")),
         is_end=state.is_end.at[slot].set((state.is_end[slot] & keep).at[index].max(entries.is_end, mode="drop")),
         last_tokens=state.last_tokens,
+        masks=state.masks,
     )
+
+
+def write_masks(masks: Int32[Array, "slots w"], slots: Int32[Array, "m"], words: Int32[Array, "m w"]) -> Int32[Array, "slots w"]:
+    """Enter the masks of some slots; a slot that does not exist is padding."""
+    return masks.at[slots].set(words, mode="drop")
 
 
 def resolve_tokens(state: SlotState, step: StepInput) -> StepInput:
@@ -161,7 +171,7 @@ def choose_tokens(logits: Float32[Array, "rows v"], state: SlotState, knobs: Kno
 
 
 def adjust(logits: Float32[Array, "rows v"], state: SlotState, knobs: Knobs) -> Float32[Array, "rows v"]:
-    """Logits after penalties, bias and end-token mask."""
+    """Logits after penalties, bias, end-token mask and the mask of allowed tokens."""
     counts = state.output_counts[knobs.slots]
     is_seen = (counts > 0) | state.is_in_prompt[knobs.slots]
     repetition = knobs.repetition_penalty[:, None]
@@ -170,7 +180,16 @@ def adjust(logits: Float32[Array, "rows v"], state: SlotState, knobs: Knobs) -> 
     logits = logits - knobs.frequency_penalty[:, None] * counts.astype(jnp.float32)
     logits = logits - jnp.where(counts > 0, knobs.presence_penalty[:, None], 0.0)
     logits = logits + state.bias[knobs.slots]
-    return jnp.where(state.is_end[knobs.slots] & (knobs.mask_end > 0)[:, None], -jnp.inf, logits)
+    logits = jnp.where(state.is_end[knobs.slots] & (knobs.mask_end > 0)[:, None], -jnp.inf, logits)
+    is_masked = knobs.is_masked > 0
+
+    def mask() -> Float32[Array, "rows v"]:
+        places = jnp.arange(WORD_BITS, dtype=jnp.int32)[None, None, :]
+        bits = (state.masks[knobs.slots][:, :, None] >> places) & 1
+        is_allowed = bits.reshape(len(bits), -1)[:, : logits.shape[1]] > 0
+        return jnp.where(is_allowed | ~is_masked[:, None], logits, -jnp.inf)
+
+    return jax.lax.cond(jnp.any(is_masked), mask, lambda: logits)
 
 
 def restrict(weights: Float32[Array, "rows v"], knobs: Knobs) -> Float32[Array, "rows v"]:

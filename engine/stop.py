@@ -9,13 +9,16 @@ def end_token_ids(sampling: SamplingParams, eos_token: int) -> tuple[int, ...]:
     return sampling.stop_token_ids if sampling.ignore_eos else (eos_token, *sampling.stop_token_ids)
 
 
+def is_end(token: int, sampling: SamplingParams, *, eos_token: int) -> bool:
+    """Whether this token, generated, ends the generation."""
+    return token in sampling.stop_token_ids or (token == eos_token and not sampling.ignore_eos)
+
+
 def finish_reason(sequence: Sequence, *, eos_token: int, max_model_len: int) -> FinishReason | None:
     """Whether the newest known token of the sequence, or its length, ends it. A token that is still pending does not count."""
     num_tokens = len(sequence.token_ids)
-    if num_tokens > sequence.num_prompt_tokens:
-        token, sampling = sequence.token_ids[-1], sequence.request.sampling
-        if token in sampling.stop_token_ids or (token == eos_token and not sampling.ignore_eos):
-            return FinishReason.STOP
+    if num_tokens > sequence.num_prompt_tokens and is_end(sequence.token_ids[-1], sequence.request.sampling, eos_token=eos_token):
+        return FinishReason.STOP
     if num_tokens >= sequence.max_len or num_tokens >= max_model_len:
         return FinishReason.LENGTH
     return None

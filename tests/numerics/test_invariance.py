@@ -3,18 +3,26 @@
 The model is large enough for the matrix kernels that a real one gets, and no width of it is a multiple of what they like.
 """
 
+import json
+import re
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from forward_harness import Answer, ForwardHarness, engine_config, finish, no_report, small_model
+from llguidance import LLMatcher
 from numpy.random import Generator
+from tiny_tokenizer import tiny_tokenizer
 
 from engine.config import CacheConfig, EngineConfig
+from engine.constraints import Grammars
 from engine.core import EngineCore
+from engine.grammar import GrammarMatcher, GrammarTokenizer
 from engine.model.params import random_params
 from engine.programs import DeviceState, Programs, shapes_of
 from engine.runner import ModelRunner
@@ -51,7 +59,7 @@ INFO = EngineInfo(
     num_devices=1,
     num_params=0,
     weight_bytes=0,
-    num_programs=6,
+    num_programs=8,
     load_s=0,
     compile_s=0,
 )
@@ -114,9 +122,23 @@ def test_nothing_that_a_block_held_before_reaches_its_next_owner(harness: Forwar
         np.testing.assert_array_equal(one, other)
 
 
-def request(name: str, prompt: Iterable[int], **sampling: object) -> GenerationRequest:
+def request(name: str, prompt: Iterable[int], *, grammar: str | None = None, **sampling: object) -> GenerationRequest:
     params = SamplingParams(**{"max_tokens": 14, "ignore_eos": True, **sampling})
-    return GenerationRequest(request_id=name, prompt_token_ids=tuple(prompt), sampling=params)
+    return GenerationRequest(request_id=name, prompt_token_ids=tuple(prompt), sampling=params, grammar=grammar)
+
+
+TOKENIZER = GrammarTokenizer(tiny_tokenizer(), vocab_size=MODEL.vocab_size, eos_token=MODEL.eos_token)  # 95 ids fewer than the model
+SCHEMA = LLMatcher.grammar_from_json_schema(
+    {
+        "type": "object",
+        "properties": {"name": {"type": "string", "maxLength": 6}, "is": {"enum": ["here", "gone"]}},
+        "required": ["name", "is"],
+        "additionalProperties": False,
+    },
+    overrides={"whitespace_flexible": False},
+)
+LETTERS = LLMatcher.grammar_from_regex("[a-z ]*")
+BANNED = ((9,), (7, 7), (7, 8, 7), (8, 8))
 
 
 REQUESTS = [
@@ -129,6 +151,11 @@ REQUESTS = [
     request("biased", PROMPTS[1], logit_bias=dict.fromkeys(range(200, 500), 3.0), seed=8, logprobs=0),
     request("scored", PROMPTS[6], temperature=0, prompt_logprobs=4, logprobs=4),
     request("only scored", PROMPTS[5], prompt_logprobs=2, max_tokens=0),
+    request("under a schema", PROMPTS[3], seed=11, logprobs=3, grammar=SCHEMA, max_tokens=40),
+    request("greedy under a schema", PROMPTS[6], temperature=0, grammar=SCHEMA, max_tokens=40),
+    request("under a pattern without end", PROMPTS[4], seed=12, top_p=0.8, grammar=LETTERS, repetition_penalty=1.2, logprobs=1),
+    request("few tokens allowed", PROMPTS[2], seed=13, allowed_token_ids=tuple(range(330, 360)), logprobs=2),
+    request("tokens and runs banned", PROMPTS[5], seed=14, bad_words=BANNED, allowed_token_ids=(7, 8, 9, 400), logprobs=0),
     request("may not end yet", PROMPTS[0], seed=9, logit_bias={2: 100.0}, min_tokens=5, ignore_eos=False, logprobs=2),
 ]
 
@@ -138,7 +165,7 @@ def core_of(runner: ModelRunner, *, num_blocks: int = 96, **limits: int) -> Engi
     config: EngineConfig = replace(
         CONFIG, cache=CacheConfig(block_size=4, num_blocks=num_blocks), scheduler=replace(CONFIG.scheduler, **limits)
     )
-    return EngineCore(config, runner, INFO)
+    return EngineCore(config, runner, INFO, grammars=Grammars(partial(GrammarMatcher, TOKENIZER)))
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +186,17 @@ def test_the_requests_exercise_what_they_name(alone: dict[str, Answer]):
     assert len(set(alone["greedy and penalised"].token_ids)) == 14
     assert sum(200 <= token < 500 for token in alone["biased"].token_ids) >= 12
     assert len({tuple(answer.token_ids) for answer in alone.values()}) == len(REQUESTS) - 1
+    for name in ("under a schema", "greedy under a schema"):
+        value = json.loads(tiny_tokenizer().decode(alone[name].token_ids))
+        assert alone[name].finish_reason is FinishReason.STOP
+        assert list(value) == ["name", "is"]
+        assert value["is"] in ("here", "gone")
+    assert re.fullmatch("[a-z ]{14,}", tiny_tokenizer().decode(alone["under a pattern without end"].token_ids))
+    assert set(alone["few tokens allowed"].token_ids) <= set(range(330, 360))
+    assert set(alone["tokens and runs banned"].token_ids) <= {7, 8, 400}
+    pairs = set(pairwise(alone["tokens and runs banned"].token_ids))
+    assert pairs.isdisjoint({(7, 7), (8, 8)})
+    assert (8, 7) in pairs
 
 
 @pytest.mark.parametrize("order", ["forwards", "backwards", "shuffled"])

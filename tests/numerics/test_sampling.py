@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from engine.constraints import words_of
 from engine.sampling import (
     Knobs,
     SlotEntries,
@@ -20,6 +21,7 @@ from engine.sampling import (
     look_up,
     restrict,
     uniforms,
+    write_masks,
     write_slot,
 )
 
@@ -30,6 +32,7 @@ DEFAULTS = {
     "choices": np.int32(0),
     "top_k": np.int32(0),
     "mask_end": np.int32(0),
+    "is_masked": np.int32(0),
     "temperature": np.float32(1),
     "top_p": np.float32(1),
     "min_p": np.float32(0),
@@ -252,6 +255,7 @@ def filled_slots(vocab_size: int) -> SlotState:
         bias=jnp.asarray(random.choice([0, 0, 2.5, -100], (3, vocab_size)).astype(np.float32)),
         is_end=jnp.asarray(random.random((3, vocab_size)) < 0.05),
         last_tokens=jnp.asarray(random.integers(0, vocab_size, 3).astype(np.int32)),
+        masks=jnp.asarray(random.integers(-(2**31), 2**31, (3, -(-vocab_size // 32))).astype(np.int32)),
     )
 
 
@@ -360,6 +364,40 @@ def test_a_slot_can_begin_with_tokens_that_were_seen_before():
     assert {token: int(after.output_counts[1, token]) for token in np.flatnonzero(after.output_counts[1])} == {9: 2, 12: 1}
 
 
+@pytest.mark.parametrize("vocab_size", [1, 31, 32, 33, 131])
+def test_only_tokens_of_the_mask_are_left_in_rows_that_have_one(vocab_size: int):
+    logits = np.random.default_rng(3).standard_normal((4, vocab_size)).astype(np.float32)
+    allowed = np.random.default_rng(4).random((3, vocab_size)) < 0.5
+    state = empty_slots(3, vocab_size)
+    words = np.stack([words_of(np.flatnonzero(row).tolist(), vocab_size=vocab_size) for row in allowed])
+    masks = write_masks(state.masks, jnp.asarray([2, 0, 3, 1], jnp.int32), jnp.asarray(np.stack([*words[[2, 0]], words[0], words[1]])))
+
+    found = adjust(jnp.asarray(logits), replace(state, masks=masks), knobs(4, slots=[0, 1, 2, 1], is_masked=[1, 1, 1, 0]))
+
+    expected = np.stack([*np.where(allowed, logits[:3], -np.inf), logits[3]])
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_masks_of_slots_that_do_not_exist_are_padding_and_the_others_stay():
+    before = filled_slots(70).masks
+
+    after = write_masks(before, jnp.asarray([3, 1, 3], jnp.int32), jnp.ones((3, 3), jnp.int32))
+
+    np.testing.assert_array_equal(after, np.stack([before[0], np.ones(3, np.int32), before[2]]))
+
+
+def test_a_masked_neighbour_changes_no_bit_of_a_row():
+    logits = jnp.asarray(np.random.default_rng(5).standard_normal((2, 300)), jnp.float32)
+    state = replace(empty_slots(2, 300), masks=jnp.full((2, 10), 0x0F0F0F0F, jnp.int32))
+    alone, beside = (
+        run_choose_checked(logits, state, knobs(2, slots=[0, 1], temperature=0.7, top_p=0.9, seeds=[4, 5], is_masked=[0, is_masked]))
+        for is_masked in (0, 1)
+    )
+
+    assert alone[0][0] == beside[0][0]
+    assert int(beside[0][1]) % 8 < 4
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_penalty_that_overflows_fails_its_row_alone(temperature: float):
     logits = jnp.asarray(np.random.default_rng(0).standard_normal((2, 300)), jnp.float32)
@@ -375,11 +413,12 @@ def test_a_penalty_that_overflows_fails_its_row_alone(temperature: float):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_row_whose_every_token_is_masked_fails(temperature: float):
+@pytest.mark.parametrize("field", ["mask_end", "is_masked"])
+def test_a_row_whose_every_token_is_masked_fails(temperature: float, field: str):
     state = empty_slots(1, 10)
     state = replace(state, is_end=jnp.ones_like(state.is_end))
 
-    token_ids, is_sound = run_choose_checked(jnp.zeros((1, 10)), state, knobs(1, temperature=temperature, mask_end=1))
+    token_ids, is_sound = run_choose_checked(jnp.zeros((1, 10)), state, knobs(1, temperature=temperature, **{field: 1}))
 
     assert is_sound.tolist() == [False]
     assert 0 <= int(token_ids[0]) < 10

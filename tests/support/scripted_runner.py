@@ -10,7 +10,7 @@ import hashlib
 import math
 import struct
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import accumulate
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from engine.batch import PENDING, TILE, Batch, StepInput, StepKind, StepLayout, is_plain_greedy
 from engine.config import CacheConfig, EngineConfig, MeshConfig, ModelConfig, SchedulerConfig
+from engine.constraints import Grammars, Matcher, is_constrained
 from engine.core import EngineCore
 from engine.scheduler import ScheduledTokens
 from engine.sequence import Sequence
@@ -99,9 +100,10 @@ def knob_numbers(sampling: SamplingParams) -> tuple[int, ...]:
 
 
 def next_token(
-    context: int, num_tokens: int, *, knobs: tuple[int, ...], bias: tuple[tuple[int, float], ...], choice: int, masked: tuple[int, ...]
+    context: int, num_tokens: int, *, knobs: tuple[int, ...], bias: tuple[tuple[int, float], ...], choice: int, masked: Collection[int]
 ) -> int:
     """The token after `num_tokens` tokens with the hash `context`; never `POISON` and none of `masked`."""
+    assert len({*masked, POISON}) < VOCAB_SIZE, "no token is left to choose"
     temperature, top_p, min_p, *penalties, top_k, high, low = knobs
     randomness = (temperature, top_p, min_p, top_k, high, low, choice, num_tokens) if temperature else ()
     biases = tuple((token, bits_of(value)) for token, value in bias)
@@ -125,7 +127,28 @@ def token_logprob(context: int, token: int, num_top: int) -> TokenLogprob:
     return TokenLogprob(token_id=token, logprob=logprob_of(context, token), top=tuple(top_of(context)[:num_top]))
 
 
-def expected(request: GenerationRequest) -> TokenDelta:
+def following(request: GenerationRequest, output: list[int], compile_grammar: Callable[[str], Matcher] | None) -> tuple[set[int], bool]:
+    """What a request may choose after some output, as its own fields say it, and whether its grammar holds the output for whole."""
+    sampling = request.sampling
+    banned = {run[-1] for run in sampling.bad_words if list(run[:-1]) == output[len(output) - len(run) + 1 :]}
+    permitted = set(sampling.allowed_token_ids or range(VOCAB_SIZE)) - banned
+    ends = set(end_token_ids(sampling, EOS))
+    if len(output) < sampling.min_tokens:
+        permitted -= ends
+    if request.grammar is None:
+        return permitted, False
+    assert compile_grammar is not None
+    matcher = compile_grammar(request.grammar)
+    for token in output:
+        matcher.advance(token)
+    row = np.zeros(-(-VOCAB_SIZE // 32), np.int32)
+    matcher.fill_mask(row)
+    tokens = set(np.flatnonzero(np.unpackbits(row.view(np.uint8), bitorder="little")).tolist())
+    may_end = matcher.is_accepting and bool(tokens & permitted)
+    return permitted & (tokens | ends if may_end else tokens), matcher.is_accepting
+
+
+def expected(request: GenerationRequest, compile_grammar: Callable[[str], Matcher] | None = None) -> TokenDelta:
     """All deltas of a request in one, when nobody aborts it and its time is not up; of one that fails, the reason alone.
 
     It fails where a result that somebody asked for is not finite.
@@ -138,7 +161,11 @@ def expected(request: GenerationRequest) -> TokenDelta:
     output, logprobs = list[int](), list[TokenLogprob]()
     reason = FinishReason.LENGTH
     while len(output) < sampling.max_tokens:
-        masked = end_ids if len(output) < sampling.min_tokens else ()
+        allowed, is_whole = following(request, output, compile_grammar)
+        if not allowed:
+            reason = FinishReason.STOP if is_whole else FinishReason.GRAMMAR
+            break
+        masked = {*range(VOCAB_SIZE)} - allowed
         token = next_token(hashes[-1], len(hashes), knobs=knobs, bias=bias, choice=request.choice, masked=masked)
         if sampling.logprobs is not None:
             logprobs.append(token_logprob(hashes[-1], token, sampling.logprobs))
@@ -147,6 +174,9 @@ def expected(request: GenerationRequest) -> TokenDelta:
         if token in end_ids:
             reason = FinishReason.STOP
             break
+    else:
+        if request.grammar is not None and following(request, output, compile_grammar) == (set(), True):
+            reason = FinishReason.STOP
     num_top = sampling.prompt_logprobs
     scores = () if num_top is None else tuple(token_logprob(hashes[place - 1], prompt[place], num_top) for place in range(1, len(prompt)))
     return TokenDelta(
@@ -184,6 +214,7 @@ class Slot:
     hashes: list[int] = field(default_factory=list[int])  # of the context up to each of them
     entries: list[int] = field(default_factory=list[int])  # what stands in the cache for each of them
     next_position: int | None = None  # after the last step
+    masked: frozenset[int] | None = None  # tokens that the mask forbids; None until one was written
 
     def learn(self, tokens: Iterable[int], *, salt: int) -> None:
         for token in tokens:
@@ -220,6 +251,13 @@ class ScriptedRunner:
     ) -> None:
         assert 0 <= slot < self._num_slots
         self._slots[slot] = Slot(sampling, end_token_ids, list(prompt_token_ids), list(output_token_ids))
+
+    def write_masks(self, masks: list[tuple[int, NDArray[np.int32]]]) -> None:
+        assert len({slot for slot, _ in masks}) == len(masks) > 0
+        for slot, words in masks:
+            assert (words.shape, words.dtype) == ((-(-VOCAB_SIZE // 32),), np.int32)
+            bits = np.unpackbits(words.view(np.uint8), bitorder="little")[:VOCAB_SIZE]
+            self._slots[slot].masked = frozenset(np.flatnonzero(bits == 0).tolist())
 
     def launch(self, batch: Batch) -> Launched:
         assert batch.packed.dtype == np.int32
@@ -396,22 +434,32 @@ def check_counts(batch: Batch, slot: Slot, *, num_prompt: int, end: int) -> None
     if slot.sampling.has_penalties:
         assert slot.outputs == slot.tokens[num_prompt:end], "the device counted other tokens than were generated"
         assert slot.prompt == slot.tokens[:num_prompt], "the device counted other tokens than the prompt's"
-    assert batch.kind is not StepKind.GREEDY or is_plain_greedy(slot.sampling), "a step is greedy that should not be"
+    assert batch.kind is not StepKind.GREEDY or _is_plain(slot), "a step is greedy that should not be"
+
+
+def _is_plain(slot: Slot) -> bool:
+    assert slot.sequence is not None
+    return is_plain_greedy(slot.sequence.request)
 
 
 def chosen_token(step: StepInput, row: int, slot: Slot, end: int) -> int:
     """What the device makes of a row: its own fields come from the step, the rest from its slot."""
     assert slot.sequence is not None
     knobs = (*(getattr(step, name)[row] for name in KNOBS), step.top_k[row], *step.seeds[row])
-    is_masked = bool(step.mask_end[row])
-    assert is_masked == (end - slot.sequence.num_prompt_tokens < slot.sampling.min_tokens)
+    is_early = bool(step.mask_end[row])
+    assert is_early == (end - slot.sequence.num_prompt_tokens < slot.sampling.min_tokens)
+    masked = set(slot.end_ids) if is_early else set[int]()
+    assert step.is_masked[row] == is_constrained(slot.sequence.request)
+    if step.is_masked[row]:
+        assert slot.masked is not None, "a mask was not written for the slot's new sequence"
+        masked |= slot.masked
     return next_token(
         slot.hashes[end - 1],
         step.sample_positions[row],
         knobs=knobs,
         bias=tuple(slot.sampling.logit_bias.items()),
         choice=step.choices[row],
-        masked=slot.end_ids if is_masked else (),
+        masked=masked,
     )
 
 
@@ -498,10 +546,12 @@ def info_of(config: EngineConfig) -> EngineInfo:
     )
 
 
-def scripted_core(config: EngineConfig, *, clock: Clock | None = None) -> tuple[EngineCore, ScriptedRunner]:
+def scripted_core(
+    config: EngineConfig, *, clock: Clock | None = None, grammars: Grammars | None = None
+) -> tuple[EngineCore, ScriptedRunner]:
     """A core on a scripted runner; its clock stands still unless one is given."""
     runner = ScriptedRunner(config)
-    return EngineCore(config, runner, info_of(config), clock=clock or Clock()), runner
+    return EngineCore(config, runner, info_of(config), clock=clock or Clock(), grammars=grammars), runner
 
 
 def check_conservation(core: EngineCore) -> None:

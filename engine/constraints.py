@@ -1,0 +1,222 @@
+"""Constraints: which tokens a sequence may choose next, and the threads that find it out where that can take long.
+
+A `Constraint` is made for a sequence with a grammar, allowed tokens, or token runs that must not come about ("bad words"). Its `words` are
+the mask for the next token. Some masks never change, and their sequences run one step ahead like all others. The rest depend on the tokens
+before, so their sequences need the host between two tokens.
+
+Compiling a grammar can take seconds and one mask of a hostile grammar a tenth of a second, while other sequences want their next step. So
+whatever has a grammar is worked on in the threads of `Grammars`: a few for compiling, a few for masks, and one more for masks of those
+whose last one took long, so that nobody else's waits behind them. The core hands work over and takes back what is done. It waits a moment
+for masks that come soon; the others' sequences sit out a step.
+
+What wins where rules contradict each other: a grammar that nothing may follow ends the sequence, whatever `min_tokens` and `ignore_eos`
+say; so does one that is whole where no token is left to go on with. Otherwise no token left is an end by `FinishReason.GRAMMAR`.
+"""
+
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from queue import Empty, SimpleQueue
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.errors import GrammarError, RequestError
+from engine.stop import end_token_ids
+from engine.types import FinishReason, GenerationRequest
+
+PATIENCE_S = 0.005  # how long a step is held up for masks, at most
+QUICK_S = 0.002  # a mask that took longer counts as slow
+NUM_COMPILE_THREADS = 2
+MAX_QUICK_THREADS = 4
+
+Words = NDArray[np.int32]  # a bit per token of the vocabulary: bit b of word w for token 32 w + b
+
+
+class Matcher(Protocol):
+    """A sequence's place in its grammar; `engine/grammar.py` has the real one."""
+
+    @property
+    def error(self) -> str | None: ...
+    @property
+    def is_accepting(self) -> bool: ...
+    @property
+    def is_stopped(self) -> bool: ...
+    def fill_mask(self, row: Words) -> None: ...
+    def advance(self, token: int) -> None: ...
+
+
+def is_constrained(request: GenerationRequest) -> bool:
+    """Whether some tokens may not be chosen."""
+    sampling = request.sampling
+    return request.grammar is not None or bool(sampling.allowed_token_ids) or bool(sampling.bad_words)
+
+
+class Constraint:
+    """What one sequence may choose. Used by one thread at a time."""
+
+    def __init__(self, request: GenerationRequest, *, vocab_size: int, eos_token: int) -> None:
+        """Raises `RequestError` where the fields of the request leave no token at all."""
+        sampling = request.sampling
+        self.grammar = request.grammar
+        self.finish: FinishReason | None = None  # nothing may follow
+        self.took_s = 0.0  # to find `words`, the last time
+        self._runs = [run for run in sampling.bad_words if len(run) > 1]
+        self._recent = deque[int](maxlen=max((len(run) for run in self._runs), default=1) - 1)  # output
+        self._num_output_tokens = 0
+        self._min_tokens = sampling.min_tokens
+        self._ends = words_of(end_token_ids(sampling, eos_token), vocab_size=vocab_size)
+        self._allowed = words_of(sampling.allowed_token_ids or range(vocab_size), vocab_size=vocab_size)
+        self._allowed &= ~words_of([run[0] for run in sampling.bad_words if len(run) == 1], vocab_size=vocab_size)
+        self._matcher: Matcher | None = None
+        self.words = self._allowed  # never written to: a launch may still read it
+        if not (self._allowed & ~self._ends if sampling.min_tokens else self._allowed).any():
+            raise RequestError("no token may be chosen: allowed_token_ids holds nothing but bad_words, or ends before min_tokens")
+
+    @property
+    def needs_host(self) -> bool:
+        """Whether the tokens before decide about the next one."""
+        return self.grammar is not None or bool(self._runs)
+
+    def start(self, compile_grammar: Callable[[str], Matcher] | None, output_token_ids: Iterable[int]) -> None:
+        """Compile the grammar, if there is one, and go on behind the tokens that were generated already."""
+        if not self.needs_host:
+            return
+        if self.grammar is not None:
+            assert compile_grammar is not None, "a grammar is refused where none can be compiled"
+            try:
+                self._matcher = compile_grammar(self.grammar)
+            except GrammarError:
+                self.finish = FinishReason.GRAMMAR
+                return
+        start = time.perf_counter()
+        for token in output_token_ids:
+            self._take(token)
+        self._decide()
+        self.took_s = time.perf_counter() - start
+
+    def advance(self, token: int) -> None:
+        """Take the next token, and find what may follow it."""
+        start = time.perf_counter()
+        self._take(token)
+        self._decide()
+        self.took_s = time.perf_counter() - start
+
+    def _take(self, token: int) -> None:
+        self._num_output_tokens += 1
+        self._recent.append(token)
+        if self._matcher is not None:
+            self._matcher.advance(token)
+
+    def _decide(self) -> None:
+        """Set `words`, or `finish` where no token is left to go on with."""
+        permitted = self._allowed.copy()
+        recent = tuple(self._recent)
+        for run in self._runs:
+            if recent[1 - len(run) :] == run[:-1]:
+                permitted &= ~words_of(run[-1:], vocab_size=32 * len(permitted))
+        words, is_whole = permitted, False
+        if self._matcher is not None:
+            following = np.zeros_like(permitted)
+            self._matcher.fill_mask(following)
+            if self._matcher.is_stopped:
+                self.finish = FinishReason.STOP
+                return
+            words, is_whole = permitted & following, self._matcher.is_accepting
+        is_early = self._num_output_tokens < self._min_tokens
+        if is_early:
+            words = words & ~self._ends
+        if not words.any():
+            self.finish = FinishReason.STOP if is_whole else FinishReason.GRAMMAR
+        elif is_whole and not is_early:
+            words = words | (self._ends & permitted)
+        self.words = words
+
+
+class Grammars:
+    """The threads, and what they have done. All methods are the core's; `compile_grammar` is called by any thread."""
+
+    def __init__(self, compile_grammar: Callable[[str], Matcher]) -> None:
+        """`compile_grammar` raises `GrammarError` for what does not compile."""
+        self._compile = compile_grammar
+        self._done: SimpleQueue[tuple[Constraint, BaseException | None]] = SimpleQueue()
+        self._compilers = _Threads("grammar compiler", NUM_COMPILE_THREADS, self._done)
+        self._quick = _Threads("masks", min(MAX_QUICK_THREADS, max(1, (os.cpu_count() or 1) // 2)), self._done)
+        self._slow = _Threads("slow masks", 1, self._done)
+        self._awaited: set[Constraint] = set()  # whose mask comes soon
+
+    def start(self, constraint: Constraint, output_token_ids: Iterable[int]) -> None:
+        """Have its grammar compiled."""
+        self._compilers.submit(constraint, lambda: constraint.start(self._compile, output_token_ids))
+
+    def advance(self, constraint: Constraint, token: int) -> None:
+        """Have the mask after this token found."""
+        is_quick = constraint.took_s < QUICK_S
+        if is_quick:
+            self._awaited.add(constraint)
+        (self._quick if is_quick else self._slow).submit(constraint, lambda: constraint.advance(token))
+
+    def take(self, *, wait_s: float = 0.0) -> list[Constraint]:
+        """What is done. Waits up to `wait_s` for the first one."""
+        done: list[Constraint] = []
+        try:
+            self._take_one(done, timeout_s=wait_s)
+            while True:
+                self._take_one(done)
+        except Empty:
+            return done
+
+    def take_quick(self) -> list[Constraint]:
+        """What is done once all masks that come soon are there, or after `PATIENCE_S`."""
+        done: list[Constraint] = []
+        deadline_s = time.monotonic() + PATIENCE_S
+        try:
+            while self._awaited:
+                self._take_one(done, timeout_s=deadline_s - time.monotonic())
+        except Empty:
+            self._awaited.clear()
+        return done + self.take()
+
+    def _take_one(self, done: list[Constraint], *, timeout_s: float = 0.0) -> None:
+        constraint, error = self._done.get(timeout=timeout_s) if timeout_s > 0 else self._done.get_nowait()
+        if error is not None:
+            raise error
+        self._awaited.discard(constraint)
+        done.append(constraint)
+
+
+class _Threads:
+    """Threads that do one job after the other, started when the first one comes."""
+
+    def __init__(self, name: str, count: int, done: "SimpleQueue[tuple[Constraint, BaseException | None]]") -> None:
+        self._threads = [threading.Thread(target=self._run, name=name, daemon=True) for _ in range(count)]
+        self._jobs: SimpleQueue[tuple[Constraint, Callable[[], None]]] = SimpleQueue()
+        self._done = done
+        self._is_started = False
+
+    def submit(self, constraint: Constraint, job: Callable[[], None]) -> None:
+        if not self._is_started:
+            self._is_started = True
+            for thread in self._threads:
+                thread.start()
+        self._jobs.put((constraint, job))
+
+    def _run(self) -> None:
+        while True:
+            constraint, job = self._jobs.get()
+            try:
+                job()
+            except BaseException as error:  # the core raises it
+                self._done.put((constraint, error))
+            else:
+                self._done.put((constraint, None))
+
+
+def words_of(token_ids: Iterable[int], *, vocab_size: int) -> Words:
+    """The mask that allows exactly these tokens."""
+    bits = np.zeros(-(-vocab_size // 32) * 32, np.uint8)
+    bits[list(token_ids)] = 1
+    return np.packbits(bits, bitorder="little").view(np.int32)
