@@ -6,6 +6,7 @@ depending on who asks: `ParamSpec` here, host arrays while loading, device array
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any, Literal
 
 import jax
@@ -93,6 +94,7 @@ def layer_specs(config: ModelConfig, layer: int) -> LayerParams:
     )
 
 
+@cache
 def param_specs(config: ModelConfig) -> Params:
     """`Params` with a `ParamSpec` at every leaf."""
     d = config.emb_size
