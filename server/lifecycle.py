@@ -93,7 +93,9 @@ def prepare(settings: Settings) -> Prepared:
     options = engine_options(settings)
     tokenizer = None
     if not settings.skip_tokenizer_init:
-        tokenizer = Tokenizer.load(find_tokenizer(settings.model_dir, settings.tokenizer))
+        path = find_tokenizer(settings.model_dir, settings.tokenizer)
+        tokenizer = Tokenizer.load(path)
+        options = replace(options, tokenizer_path=str(path.absolute()))
         if tokenizer.vocab_size > options.model.vocab_size:
             raise ConfigError(
                 f"the tokenizer has {tokenizer.vocab_size:,} pieces, the model only {options.model.vocab_size:,}; "
