@@ -29,8 +29,8 @@ from server.limits import Limits
 NUM_WORKERS = 2
 MAX_VERDICTS = 1024
 MAX_VERDICT_CHARS = 16 * 2**20  # of all verdicts together
-MAX_TRIES = 2  # of a grammar whose worker somebody else has killed
-WALL_CLOCK_FACTOR = 5.0  # a worker that has taken this many times its processor's time is not given any: the machine is too busy
+MAX_TRIES = NUM_WORKERS + 1  # of a grammar whose workers somebody else has killed
+WALL_CLOCK_FACTOR = 10.0  # a worker that has taken this many times its processor's time is not given any: the machine is too busy
 START_TIMEOUT_S = 60.0
 RESTART_PAUSE_S = 1.0  # after a worker that could not start
 
@@ -242,6 +242,7 @@ class _Worker:
             worker = cls(process, *await asyncio.open_unix_connection(sock=process.socket))
         except BaseException:
             process.kill()
+            await asyncio.shield(asyncio.to_thread(process.reap))
             raise
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
