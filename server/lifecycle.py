@@ -19,6 +19,7 @@ from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from ipaddress import ip_address
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import structlog
@@ -40,6 +41,7 @@ if TYPE_CHECKING:  # fastapi takes seconds to import
 
     from server.admission import Admission
     from server.chat_template import ChatTemplate
+    from server.grammar_check import GrammarCheck
     from server.services import Services
 
 log = structlog.get_logger(__name__)
@@ -209,12 +211,22 @@ class _Life:
         self._console.limits(limits_by_setting(self._prepared.limits))
         serving = [asyncio.create_task(http.serve(sockets=[listener])) for http, listener in servers]
         stop_asked = asyncio.create_task(self._stop_asked.wait())
+        warming_up = asyncio.create_task(self._warm_up(services.grammar_check))
         await asyncio.wait({until, *serving, stop_asked}, return_when=asyncio.FIRST_COMPLETED)
         stop_asked.cancel()
+        warming_up.cancel()
         await self._drain(services.admission, until=until)
         for http, _ in servers:
             http.should_exit = True
         await asyncio.gather(*serving)
+
+    async def _warm_up(self, grammar_check: "GrammarCheck | None") -> None:
+        """Have a process to check grammars in before one comes, though after the first requests, which come first."""
+        while not self._supervisor.client.is_ready:
+            await asyncio.sleep(POLL_S)
+        await asyncio.sleep(STANDBY_DELAY_S)
+        if grammar_check is not None:
+            grammar_check.start()
 
     def _configure_http(self) -> "tuple[Services, list[tuple[_Server, socket.socket]]]":
         """What the routes work with, and the servers with their sockets.
@@ -238,6 +250,7 @@ class _Life:
             keys=prepared.keys,
             allowed_origins=settings.allowed_origins,
             has_metrics=prepared.metrics_listener is None,
+            grammar_check=self._grammar_check(),
         )
         services: Services = app.state.services
         servers = [(_server(app, limits=prepared.limits), prepared.listener)]
@@ -245,6 +258,15 @@ class _Life:
             limits = replace(prepared.limits, max_connections=METRICS_CONNECTIONS)
             servers.append((_server(create_metrics_app(services), limits=limits), prepared.metrics_listener))
         return services, servers
+
+    def _grammar_check(self) -> "GrammarCheck | None":
+        from server.grammar_check import GrammarCheck
+
+        options, model = self._prepared.options, self._prepared.options.model
+        if options.tokenizer_path is None:
+            return None
+        path, limits = Path(options.tokenizer_path), self._prepared.limits
+        return GrammarCheck(tokenizer_path=path, vocab_size=model.vocab_size, eos_token=model.eos_token, limits=limits)
 
     def _warn_of_what_is_open(self) -> None:
         prepared, settings = self._prepared, self._prepared.settings
