@@ -3,14 +3,15 @@
 import json
 
 import openai
+from langchain_core.exceptions import ContextOverflowError
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI, OpenAI
-from pets import Pet
+from pets import Mood, Pet
 from served import MODEL, QUESTION, STORY, Refused
 
-chat = ChatOpenAI(model=MODEL, max_tokens=16, timeout=60)
+chat = ChatOpenAI(model=MODEL, max_tokens=16, timeout=60, stream_usage=True)  # not asked for by itself at addresses beyond OpenAI's
 long_chat = ChatOpenAI(model=MODEL, max_tokens=400, timeout=60)
 over_responses = ChatOpenAI(model=MODEL, max_tokens=300, timeout=60, use_responses_api=True)
 
@@ -55,7 +56,7 @@ def check_structured_output_by_schema():
 
 
 def check_structured_output_by_a_function_call():
-    assert isinstance(long_chat.with_structured_output(Pet, method="function_calling").invoke(QUESTION), Pet)
+    assert isinstance(long_chat.with_structured_output(Mood, method="function_calling").invoke(QUESTION), Mood)
 
 
 def check_structured_output_streams():
@@ -118,6 +119,11 @@ def check_errors_are_those_of_the_sdk():
         ChatOpenAI(model="gpt-4", max_retries=0).invoke(QUESTION)
 
     assert refusal.error.code == "model_not_found"
+
+
+def check_too_long_a_prompt_is_known_as_that():
+    with Refused(ContextOverflowError):
+        chat.invoke("word " * 4000)
 
 
 async def check_it_is_invoked_and_streams_asynchronously():

@@ -1,4 +1,4 @@
-"""What structured output is asked for, as a pydantic model: each kind of field, a reference, a choice of types.
+"""What structured output is asked for, as pydantic models: each kind of field, a reference, a choice of types.
 
 Every part is bounded, so that an answer ends by itself rather than by its length.
 """
@@ -33,3 +33,11 @@ class Pet(BaseModel):
     weight_kg: float = Field(ge=0, le=50)
     toys: list[Literal["ball", "bone"]] = Field(max_length=2)
     owner: Owner | None
+
+
+class Mood(BaseModel):
+    """Small enough to be described to the default model: where a schema goes as a tool, it is a part of the prompt."""
+
+    mood: Literal["happy", "sad"]
+    is_hungry: bool
+    num_legs: int = Field(ge=0, le=4)
