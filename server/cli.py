@@ -28,6 +28,20 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
+# What `complete` and `chat` have in common.
+_Url = Annotated[
+    str | None,
+    typer.Option("--url", envvar=f"{ENV_PREFIX}URL", metavar="URL", help="the server (default: http://127.0.0.1:8000, else an own one)"),
+]
+_ApiKey = Annotated[
+    str | None, typer.Option("--api-key", envvar=[f"{ENV_PREFIX}API_KEY", "OPENAI_API_KEY"], metavar="TEXT", help="the server's API key")
+]
+_Model = Annotated[str | None, typer.Option("--model", metavar="TEXT", help="the model's name there; for an own server its directory")]
+_Temperature = Annotated[float | None, typer.Option("--temperature", metavar="X", help="0 is greedy (default: the server's, 1)")]
+_TopP = Annotated[float | None, typer.Option("--top-p", metavar="X", help="share of the likeliest tokens to choose from (default: 1)")]
+_Seed = Annotated[int | None, typer.Option("--seed", metavar="N", help="the same seed gives the same text (default: a random one)")]
+_Stop = Annotated[list[str] | None, typer.Option("--stop", metavar="TEXT", help="end before this text; may be given several times")]
+
 
 def main() -> None:
     """The console script."""
@@ -36,7 +50,7 @@ def main() -> None:
 
 def serve(model_argument: str | None = None, **flags: Any) -> None:
     """Serve a model over HTTP until SIGTERM or Ctrl-C."""
-    given = {name: value for name, value in flags.items() if value not in (None, [])}
+    given = _given(**flags)
     try:
         if model_argument is not None and given.setdefault("model", model_argument) != model_argument:
             raise ConfigError(f"two models are named, {model_argument} and --model {given['model']}; name one")
@@ -46,6 +60,63 @@ def serve(model_argument: str | None = None, **flags: Any) -> None:
         serve_until_signal(settings)
     except EngineError as error:
         _fail(error)
+
+
+@app.command()
+def complete(
+    text: Annotated[
+        str | None, typer.Argument(metavar="[TEXT]", help="what to continue; - or none reads stdin", show_default=False)
+    ] = None,
+    url: _Url = None,
+    api_key: _ApiKey = None,
+    model: _Model = None,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", metavar="N", help="most tokens to generate")] = 256,
+    temperature: _Temperature = None,
+    top_p: _TopP = None,
+    seed: _Seed = None,
+    stop: _Stop = None,
+    echo: Annotated[bool, typer.Option("--echo", help="print the text before what continues it")] = False,
+) -> None:
+    """Continue a text.
+
+    Uses the server that runs here or at --url; with none running here, starts one for the time being. Ctrl-C ends the text.
+    """
+    fields = _given(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=stop)
+    try:
+        from server.terminal import Asked
+        from server.terminal import complete as complete_text
+
+        status = complete_text(Asked(url=url, api_key=api_key, model=model, fields=fields), text, is_echoed=echo)
+    except EngineError as error:
+        _fail(error)
+    raise typer.Exit(status)
+
+
+@app.command()
+def chat(
+    url: _Url = None,
+    api_key: _ApiKey = None,
+    model: _Model = None,
+    system: Annotated[str | None, typer.Option("--system", metavar="TEXT", help="what the model is told before the conversation")] = None,
+    max_tokens: Annotated[int | None, typer.Option("--max-tokens", metavar="N", help="most tokens of one answer")] = None,
+    temperature: _Temperature = None,
+    top_p: _TopP = None,
+    seed: _Seed = None,
+    stop: _Stop = None,
+) -> None:
+    """Talk with a model. Without a terminal, answer what stdin says.
+
+    Uses the server that runs here or at --url; with none running here, starts one for the time being. Ctrl-C stops an answer.
+    """
+    fields = _given(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, stop=stop)
+    try:
+        from server.terminal import Asked
+        from server.terminal import chat as chat_in_terminal
+
+        status = chat_in_terminal(Asked(url=url, api_key=api_key, model=model, fields=fields), system=system)
+    except EngineError as error:
+        _fail(error)
+    raise typer.Exit(status)
 
 
 @app.command()
@@ -66,6 +137,10 @@ def inspect(
 def version() -> None:
     """Print the version."""
     typer.echo(importlib.metadata.version("grok-server"))
+
+
+def _given(**fields: Any) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value not in (None, [])}
 
 
 def _fail(error: EngineError) -> NoReturn:

@@ -18,7 +18,7 @@ def grok_server(*arguments: str, **environment: str) -> "subprocess.CompletedPro
     return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=60, env=env)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["serve", "--help"], ["inspect", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["serve", "--help"], ["complete", "--help"], ["chat", "--help"], ["inspect", "--help"]])
 def test_help_is_quick_because_it_imports_nothing_heavy(arguments):
     seconds = []
     for _ in range(3):

@@ -1,12 +1,13 @@
-"""The README's first curl and its SDK snippet, run as they stand against the default model; only the port is another."""
+"""What the README says to paste first, run as it stands against the default model; only the port is another."""
 
 import json
+import os
 import re
 import subprocess
 import sys
 
 import pytest
-from server_process import ROOT, RunningServer
+from server_process import COMMAND, ROOT, RunningServer
 
 README = (ROOT / "README.md").read_text()
 
@@ -31,6 +32,17 @@ def test_the_curl_of_the_readme_answers_in_english(default_server: RunningServer
     completion = json.loads(answer)
     assert completion["object"] == "text_completion"
     assert looks_like_english(completion["choices"][0]["text"])
+
+
+def test_the_completion_in_a_terminal_of_the_readme_is_english(default_server: RunningServer):
+    command = next(line for line in snippet("sh", "grok-server complete").splitlines() if "complete" in line)
+    command = command.replace(".venv/bin/grok-server", str(COMMAND)).partition("#")[0]
+
+    environment = os.environ | {"GROK_SERVER_URL": default_server.url}
+    printed = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True, timeout=120, env=environment)
+
+    assert looks_like_english(printed.stdout)
+    assert printed.stderr == ""
 
 
 def test_the_sdk_snippet_of_the_readme_prints_english(default_server: RunningServer):
