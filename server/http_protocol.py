@@ -4,6 +4,7 @@ uvicorn hands a request over when its headers are complete, and until then keeps
 number of connections, requests in advance, and clients that never read. Here each of these has a limit, and a refusal is in our envelope:
 
     the head                  too large 431, too slow 408, not to be parsed 400; each closes
+    around the body           400 for what cannot be parsed, or is mostly not body; trailers are dropped
     requests sent in advance  more than the limit close the connection
     a body after its answer   read for a while, so that the client sees the answer, then the connection is closed
     an answer nobody reads    ends the connection, and with it what the request runs
@@ -34,6 +35,7 @@ from server.middleware import RequestContext
 
 _OFFER_TOKENS = (b"upgrade", b"http2-settings")
 SPARE_CONNECTIONS = 32  # beyond the limit, for probes and to say no
+MAX_FRAME_BYTES_PER_BYTE = 8  # of a chunked body; chunks of one byte have 5
 MIN_TAKEN_BYTES = 16 * 1024  # what a client must take of its answer in each `write_timeout_s`, or all that is left
 
 
@@ -46,6 +48,8 @@ class BoundedHttp(HttpToolsProtocol):
 
     _is_in_head = True
     _num_head_bytes = 0
+    _num_body_bytes = 0
+    _num_frame_bytes = 0  # around the body: lengths of chunks and what comes with them, trailers
     _num_late_bytes = 0  # of a body whose request is answered
     _head_timer: asyncio.TimerHandle | None = None
     _write_timer: asyncio.TimerHandle | None = None
@@ -74,6 +78,8 @@ class BoundedHttp(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         if self._is_in_head:
             self._num_head_bytes += len(data)
+        else:
+            self._num_frame_bytes += len(data)
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as offer:
@@ -82,6 +88,8 @@ class BoundedHttp(HttpToolsProtocol):
             self._refuse(InvalidRequest("this is not a valid HTTP request"))
         if self._is_in_head and self._num_head_bytes > self.limits.max_header_bytes:
             self._refuse(HeadersTooLarge(f"the request line and headers exceed {self.limits.max_header_bytes:,} bytes"))
+        elif self._num_frame_bytes > max(self.limits.max_header_bytes, MAX_FRAME_BYTES_PER_BYTE * self._num_body_bytes):
+            self._refuse(InvalidRequest("the body came in chunks that are mostly not body"))
 
     def on_message_begin(self) -> None:
         if len(self.pipeline) >= self.limits.max_pipelined:
@@ -89,11 +97,16 @@ class BoundedHttp(HttpToolsProtocol):
         super().on_message_begin()
         self._start_timer()
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._is_in_head:
+            super().on_header(name, value)
+
     def on_headers_complete(self) -> None:
-        if self._offers_upgrade():
+        if self.parser.get_method() == b"CONNECT":
+            raise InvalidRequest("this is no proxy")  # into the parser, which gives up
+        if self.parser.should_upgrade():
             return
-        self._is_in_head = False
-        self._num_late_bytes = 0
+        self._num_body_bytes = self._num_frame_bytes = self._num_late_bytes = 0
         self._stop_timer()
         self.waiting.pop(self, None)
         if self in self.spare:
@@ -102,19 +115,22 @@ class BoundedHttp(HttpToolsProtocol):
             elif not is_open(self._scope_so_far()):
                 self.app = RequestContext(self._no_room)
         super().on_headers_complete()
+        self._is_in_head = False
 
     def on_body(self, body: bytes) -> None:
         super().on_body(body)
+        self._num_body_bytes += len(body)
+        self._num_frame_bytes -= len(body)
         if self.cycle.response_complete:
             self._num_late_bytes += len(body)
             if self._num_late_bytes > self.limits.max_discarded_bytes:
                 self._close()
 
     def on_message_complete(self) -> None:
-        if self._offers_upgrade():
+        if self.parser.should_upgrade():
             return
         self._is_in_head = True
-        self._num_head_bytes = 0
+        self._num_head_bytes = self._num_frame_bytes = 0
         super().on_message_complete()
         if self.cycle.response_complete:
             self._stop_timer()
@@ -137,9 +153,6 @@ class BoundedHttp(HttpToolsProtocol):
     def resume_writing(self) -> None:
         self._stop_watching_reader()
         super().resume_writing()
-
-    def _offers_upgrade(self) -> bool:
-        return self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT"
 
     def _read_as_without_offer(self, rest: bytes) -> None:
         """Read a request that offers another protocol, HTTP/2 mostly, as if it did not: the parser stops behind the head of such a one,
@@ -228,12 +241,21 @@ class BoundedHttp(HttpToolsProtocol):
             self._write_timer.cancel()
             self._write_timer = None
 
+    def _can_answer(self) -> bool:
+        if self.pipeline:
+            return False
+        if not self._is_in_head:
+            return not self.cycle.response_started
+        is_free = self.cycle is None or self.cycle.response_complete  # pyright: ignore[reportUnnecessaryComparison]
+        return is_free and self._num_head_bytes > 0
+
     def _refuse(self, error: ApiError) -> None:
-        """Answer and close; only close where the answer would land inside another one, or where nobody has asked anything."""
+        """Answer and close; only close where the answer would land inside or before another one, or where nobody has asked anything."""
         if self.transport.is_closing():
             return
-        is_answering = self.cycle is not None and not self.cycle.response_complete  # pyright: ignore[reportUnnecessaryComparison]
-        if self._num_head_bytes and not is_answering:
+        if self._can_answer():
+            if not self._is_in_head:
+                self.cycle.disconnected = True  # what the application may still say comes too late
             body = json.dumps(error_body(error)).encode()
             headers = {
                 "content-type": "application/json",

@@ -243,12 +243,68 @@ def test_headers_that_come_too_slowly_are_408(bounded_address: tuple[str, int]):
     assert (status, error["code"]) == (408, "body_timeout")
 
 
-def test_bytes_that_are_no_http_are_refused_in_the_envelope(bounded_address: tuple[str, int]):
-    for content in (b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n", b"GET /\xff HTTP/1.1\r\n\r\n", b"NONSENSE\r\n\r\n"):
-        status, error = answer_to(bounded_address, content)
+CHUNKED = b"POST /v1/completions HTTP/1.1\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
 
-        assert status == 400
-        assert set(error) == {"message", "type", "param", "code"}
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n",
+        b"GET /\xff HTTP/1.1\r\n\r\n",
+        b"NONSENSE\r\n\r\n",
+        b"BREW /livez HTTP/1.1\r\n\r\n",
+        b"GET livez HTTP/1.1\r\n\r\n",
+        b"GET /livez HTTP/9.9\r\n\r\n",
+        b"GET http:///livez HTTP/1.1\r\n\r\n",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        b"CONNECT a:443 HTTP/1.1\r\nHost: a\r\n\r\n",
+        b"CONNECT /livez HTTP/1.1\r\nHost: a\r\n\r\n",
+        b"GET /livez HTTP/1.1\r\nno colon\r\n\r\n",
+        b"GET /livez HTTP/1.1\r\nx: \x00\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nContent-Length: -1\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nTransfer-Encoding: gzip\r\n\r\n",
+        CHUNKED + b"zz\r\n\r\n",
+        CHUNKED + b"2\r\n{}zz\r\n",
+    ],
+    ids=lambda content: repr(content)[:50],
+)
+def test_bytes_that_are_no_http_are_refused_in_the_envelope(bounded_address: tuple[str, int], content: bytes):
+    status, error = answer_to(bounded_address, content)
+
+    assert status == 400
+    assert error == {"message": error["message"], "type": "invalid_request_error", "param": None, "code": None}
+
+
+@pytest.mark.parametrize("around", [b"1;" + b"x" * 1000 + b"\r\n \r\n", b"0\r\n" + b"x-a: " + b"b" * 1_000_000])
+def test_a_body_that_is_mostly_not_body_is_not_read_on(bounded_address: tuple[str, int], around: bytes):
+    with socket.create_connection(bounded_address, timeout=5) as connection:
+        connection.sendall(CHUNKED)
+        with pytest.raises(ConnectionError):
+            connection.sendall(around * (20_000_000 // len(around)))
+
+    assert httpx.get(f"http://127.0.0.1:{bounded_address[1]}/livez").status_code == 200
+
+
+def test_a_body_in_the_smallest_chunks_is_taken_and_its_trailers_are_dropped(bounded_address: tuple[str, int]):
+    body = json.dumps({"prompt": [7], "max_tokens": 1, "user": "x" * 20_000}).encode()
+    chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in body)
+    with socket.create_connection(bounded_address, timeout=5) as connection:
+        connection.sendall(CHUNKED + chunks + b"0\r\n" + b"x-trailer: 1\r\n" * 500 + b"\r\n")
+
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+
+
+def test_a_body_that_goes_wrong_after_its_answer_gets_no_second_one(bounded_address: tuple[str, int]):
+    with socket.create_connection(bounded_address, timeout=5) as connection:
+        connection.sendall(CHUNKED.replace(b"/v1/completions", b"/nowhere"))
+        answer = connection.recv(65536)
+        connection.sendall(b"zz\r\n\r\n")
+        while piece := connection.recv(65536):
+            answer += piece
+
+    assert answer.count(b"HTTP/1.1 ") == 1
 
 
 def test_a_bounded_connection_serves_one_request_after_the_other(bounded_address: tuple[str, int]):
