@@ -47,6 +47,7 @@ class GenerationPlan:
     sampling: SamplingParams  # without the seed, which is per prompt, and without what has to be tokenised first
     seed: int | None
     max_tokens: int | None
+    max_tokens_param: str = "max_tokens"  # the field that it is from
     default_max_tokens: int | None = DEFAULT_MAX_TOKENS  # where max_tokens is None; None: what room the context leaves
     num_choices: int  # answered per prompt
     num_candidates: int  # run per prompt; more than num_choices with best_of
@@ -222,7 +223,7 @@ def _check_options(body: SamplingFields, *, limits: Limits) -> None:
     if body.timeout is not None and body.timeout > limits.max_timeout_s:
         raise InvalidRequest(f"timeout is {body.timeout:g} seconds, the limit is {limits.max_timeout_s:g}", param="timeout")
     for name, strings, most, most_chars in (
-        ("stop", body.stop, limits.max_stop_strings, limits.max_stop_chars),
+        (type(body).model_fields["stop"].alias or "stop", body.stop, limits.max_stop_strings, limits.max_stop_chars),
         ("bad_words", body.bad_words, limits.max_bad_words, limits.max_stop_chars),
     ):
         if len(strings) > most:

@@ -218,8 +218,8 @@ def _max_tokens(plan: GenerationPlan, *, prompt_len: int, info: EngineInfo) -> i
     if wanted > room:
         raise ContextLengthExceeded(
             f"the prompt is {prompt_len:,} tokens and {shown(wanted)} more are asked for, {_what_takes(limit, info=info)} together; "
-            "shorten the prompt or lower max_tokens",
-            param=plan.prompt_param if room < 0 else "max_tokens",
+            f"shorten the prompt or lower {plan.max_tokens_param}",
+            param=plan.prompt_param if room < 0 else plan.max_tokens_param,
         )
     return wanted
 

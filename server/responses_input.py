@@ -83,6 +83,7 @@ async def check_response(body: ResponsesRequest, terms: Terms, services: Service
     )
     shared: dict[str, Any] = {field.name: getattr(plan, field.name) for field in fields(plan)}
     shared["tenant"] = terms.key_tenant or tenant_of(body.user or body.safety_identifier)
+    shared["max_tokens_param"] = "max_output_tokens"
     return ResponsePlan(**shared, request=body, items=items, owner=terms.key_tenant)
 
 

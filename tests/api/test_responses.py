@@ -393,6 +393,13 @@ async def test_too_long_an_input_is_refused_unless_the_oldest_items_may_go(http:
     assert num_left < 256 // 8 + one_more, "one more item would have fitted"
 
 
+async def test_too_many_output_tokens_are_refused_by_their_field(http: httpx.AsyncClient):
+    error = await refusal(http, max_output_tokens=5000)
+
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "max_output_tokens")
+    assert "lower max_output_tokens" in error["message"]
+
+
 async def test_truncation_never_leaves_a_result_without_its_call(http: httpx.AsyncClient, engine: FakeEngineClient):
     engine.info = replace(engine_info(), max_model_len=256)
     long = "a long story " * 20
