@@ -55,6 +55,9 @@ def test_version_is_the_distributions():
         ([str(TINY_A), "--skip-tokenizer-init", "--max-model-len", "1000000"], "--max-model-len: the model was made for 256 tokens"),
         ([str(TINY_A)], "tokenizer"),
         ([str(TINY_A), "--skip-tokenizer-init", "--host", "192.0.2.1"], "cannot listen on 192.0.2.1"),
+        ([str(TINY_A), "--skip-tokenizer-init", "--chat-template", "x.jinja"], "--chat-template: without a tokenizer there is no chat"),
+        (["--chat-template", "{% for %}"], "--chat-template, line 1: "),
+        (["--chat-template", "/does/not/exist.jinja"], "--chat-template: cannot read /does/not/exist.jinja: No such file or directory"),
     ],
 )
 def test_what_cannot_be_served_is_one_line_and_status_2(arguments, complaint):
