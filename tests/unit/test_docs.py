@@ -10,8 +10,10 @@ import pytest
 from fake_engine import FakeEngineClient
 
 from server.console import readable_number
+from server.conversation import MAX_TOOLS
 from server.limits import Limits
 from server.observability import Metrics
+from server.schemas.chat import ChatRequest
 from server.schemas.common import MAX_PRIORITY
 from server.schemas.completions import CompletionRequest
 from server.schemas.tokens import DetokenizeRequest, TokenizeRequest
@@ -72,6 +74,33 @@ def test_the_table_of_the_tokenizers_fields_is_their_schemas():
 
 def test_the_documents_name_every_field_that_is_refused():
     assert [name for name in CompletionRequest.refused_fields if f"`{name}`" not in API] == []
+
+
+def chat_field_rows() -> dict[str, list[str]]:
+    return {row[0].strip("`"): row for row in rows(API, "Chat")}
+
+
+def test_the_table_of_chat_has_the_fields_that_differ_from_those_of_completions():
+    shared = {
+        name
+        for name, field in ChatRequest.model_fields.items()
+        if name in CompletionRequest.model_fields and name not in ("max_tokens", "logprobs")
+    }
+
+    assert {*chat_field_rows()} == {*ChatRequest.model_fields} - shared
+
+
+def test_the_table_of_chat_gives_plain_defaults_and_limits_as_they_are():
+    for name, row in chat_field_rows().items():
+        if isinstance(default := ChatRequest.model_fields[name].default, bool):
+            assert row[1] == str(default).lower(), name
+    assert f"list of 1 to {Limits().max_messages:,} messages" == chat_field_rows()["messages"][2]
+    assert f"up to {MAX_TOOLS} functions" in chat_field_rows()["tools"][2]
+    assert f"0 to {Limits().max_logprobs}" in chat_field_rows()["top_logprobs"][2]
+
+
+def test_the_chapter_on_chat_names_every_field_that_is_refused():
+    assert [name for name in ChatRequest.refused_fields if f"`{name}`" not in API] == []
 
 
 def test_every_setting_in_the_operations_guide_exists():
