@@ -104,6 +104,7 @@ class EngineCore:
         self._constraints: dict[Sequence, Constraint] = {}  # of those that have one
         self._compiling: dict[Constraint, Sequence] = {}  # not in the scheduler yet
         self._advancing: dict[Constraint, _Chosen] = {}
+        self._ready: list[Constraint] = []  # of these, who could go on
         self._masks: dict[int, NDArray[np.int32]] = {}  # by slot: what the device knows of the sequence in it
         self._in_flight: _InFlight | None = None
         self._next_deadline_s = math.inf  # nobody's deadline is earlier
@@ -313,9 +314,20 @@ class EngineCore:
                 else:
                     del self._compiling[constraint]
                     self.scheduler.add(sequence)
-            elif (chosen := self._advancing.pop(constraint, None)) is not None:
-                deltas.append(self._add_token(chosen))
+            elif constraint in self._advancing:
+                self._ready.append(constraint)
+        if self._ready and not self._has_larger_group():
+            deltas += [self._add_token(self._advancing.pop(constraint)) for constraint in self._ready if constraint in self._advancing]
+            self._ready.clear()
         return deltas
+
+    def _has_larger_group(self) -> bool:
+        """Whether as many that need the host are on the device as are ready: these wait, so that all go together from then on.
+
+        Two halves that take turns would fill two steps where one does.
+        """
+        items = () if self._in_flight is None else self._in_flight.batch.items
+        return sum(item.chooses_token and item.sequence.needs_host and not item.sequence.is_over for item in items) >= len(self._ready)
 
     def _resume_displaced(self) -> list[TokenDelta]:
         """Wait for those who lost their slot in this step: none is admitted again while its token is pending."""
