@@ -60,9 +60,10 @@ async def plan_of_conversation(
     variables: Mapping[str, Any] | None = None,
     turns_param: str = "messages",
 ) -> ConversationPlan:
-    """Check the conversation and render it; `turns_param` is the field that its turns are from.
+    """Check the conversation and render it, once there is room for the request; `turns_param` is the field that its turns are from.
 
-    Without `max_tokens` the answer may take what room the context leaves. Raises `InvalidRequest` with the field, or `ModelNotFound`.
+    Without `max_tokens` the answer may take what room the context leaves. Raises `InvalidRequest` with the field, `ModelNotFound`, or like
+    `Admission.permit`.
     """
     if services.chat_template is None:
         raise InvalidRequest("this server runs without a tokenizer and cannot write a conversation: send token ids to /v1/completions")
@@ -74,7 +75,7 @@ async def plan_of_conversation(
     plan = plan_of(
         body,
         terms,
-        prompts=((),),  # rendered last: it is the costly part
+        prompts=(("",),),  # rendered last: it is the costly part
         prompt_param=turns_param,
         max_tokens=max_tokens,
         logprobs=logprobs,
@@ -82,7 +83,9 @@ async def plan_of_conversation(
         more_stop_token_ids=() if body.ignore_eos else services.chat_template.end_of_turn_ids,
         grammar=_grammar(conversation, text_grammar),
     )
-    prompt = await services.chat_template.render_off_loop(conversation, variables=variables, turns_param=turns_param)
+    num_tokens = plan.min_worst_case_tokens(max_model_len=terms.info.max_model_len)
+    with services.admission.permit(plan.num_sequences, num_tokens=num_tokens, tenant=plan.tenant):
+        prompt = await services.chat_template.render_off_loop(conversation, variables=variables, turns_param=turns_param)
     shared: dict[str, Any] = {field.name: getattr(plan, field.name) for field in fields(plan)}
     shared["prompts"] = (prompt or ("",),)  # nothing is the document start
     return ConversationPlan(**shared, conversation=conversation)

@@ -1,5 +1,6 @@
 """`POST /v1/chat/completions`, whole answers: each detail of OpenAI's endpoint that clients rely on."""
 
+import asyncio
 import logging
 import math
 import time
@@ -8,7 +9,7 @@ from dataclasses import replace
 import httpx
 import pytest
 from chat_scripts import SEPARATOR, cut_script, turn_script
-from fake_engine import FakeEngineClient, engine_info, tiny_config, tokens_script
+from fake_engine import HANG, FakeEngineClient, engine_info, tiny_config, tokens_script
 from fastapi import FastAPI
 from tiny_tokenizer import byte_ids, tiny_tokenizer
 
@@ -327,6 +328,29 @@ async def test_a_template_that_writes_nothing_leaves_the_document_start(engine: 
         await chat(http, max_tokens=1)
 
     assert engine.submitted[0].prompt_token_ids == (1,)
+
+
+async def test_a_full_server_refuses_before_it_renders(engine: FakeEngineClient):
+    engine.info = engine_info(max_num_seqs=1)
+    engine.script = lambda request: [HANG]
+    template = ChatTemplate("{% if messages[0].content == 'no' %}{{ raise_exception('no') }}{% endif %}yes", tokenizer=tiny_tokenizer())
+    app = create_app(
+        client=engine,
+        tokenizer=tiny_tokenizer(),
+        model=tiny_config(),
+        model_name="tiny",
+        limits=replace(Limits(), max_queued_sequences=0),
+        chat_template=template,
+    )
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as http, asyncio.TaskGroup() as tasks:
+        running = tasks.create_task(chat(http))
+        while not engine.num_open:
+            await asyncio.sleep(0)
+        refused = await http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "no"}]})
+        running.cancel()
+
+    assert refused.status_code == 503
+    assert refused.json()["error"]["code"] == "server_overloaded"
 
 
 async def test_messages_and_their_rendered_length_are_bounded(engine: FakeEngineClient):
