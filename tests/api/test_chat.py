@@ -332,7 +332,7 @@ async def test_a_template_that_writes_nothing_leaves_the_document_start(engine: 
 
 async def test_a_full_server_refuses_before_it_renders(engine: FakeEngineClient):
     engine.info = engine_info(max_num_seqs=1)
-    engine.script = lambda request: [HANG]
+    engine.script = lambda _: [HANG]
     template = ChatTemplate("{% if messages[0].content == 'no' %}{{ raise_exception('no') }}{% endif %}yes", tokenizer=tiny_tokenizer())
     app = create_app(
         client=engine,
