@@ -76,6 +76,25 @@ def check_a_perplexity_is_that_of_the_whole_text():
         assert sample["resps"][0][0] == sum(logprobs[1:-1])
 
 
+def check_texts_are_generated_by_chat_the_same_side_by_side():
+    chat = {"model": MODEL, "base_url": f"{URL}/v1/chat/completions", "max_retries": 1}
+    answers = [
+        simple_evaluate(
+            "local-chat-completions",
+            chat | {"num_concurrent": num_concurrent},
+            ["local_continuation"],
+            apply_chat_template=True,
+            task_manager=TASKS,
+            bootstrap_iters=0,
+        )["samples"]["local_continuation"]
+        for num_concurrent in (1, 8)
+    ]
+
+    one_by_one, side_by_side = ([sample["resps"][0][0] for sample in samples] for samples in answers)
+    assert all(one_by_one)
+    assert side_by_side == one_by_one
+
+
 @functools.cache
 def _evaluate(task: str, *, batch_size: int, num_concurrent: int, tokenized_requests: bool = True) -> Any:
     model_args = {
