@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
-from fake_engine import VOCAB_SIZE, FakeEngineClient, tiny_config
+from fake_engine import VOCAB_SIZE, FakeEngineClient, engine_info, tiny_config
 from fastapi import FastAPI
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -31,6 +31,10 @@ TEXTS = [
     "[EOS] [BOS] [UNK] <0x41>",
     "a\u0000b\u2028c\ufeff",
 ]
+HELLO = [{"role": "user", "content": "Hello"}]
+SAID = {"role": "assistant", "content": "Well"}
+TOOLS = [{"type": "function", "function": {"name": "now"}}]
+
 # SentencePiece writes a space as U+2581 and cannot tell the two apart; half a surrogate pair is no text.
 any_text = st.text(st.characters(exclude_characters="\u2581", exclude_categories=("Cs",)))
 
@@ -59,6 +63,42 @@ async def test_the_ids_are_those_that_completions_compute(
     assert answer["count"] == len(answer["tokens"])
     assert answer["max_model_len"] == 256
     assert answer["token_strs"] is None
+
+
+@pytest.mark.parametrize(
+    ("conversation", "num_separators"),
+    [
+        ({"messages": HELLO}, 1),
+        ({"messages": [{"role": "system", "content": "Be brief."}, *HELLO], "add_special_tokens": True}, 2),
+        ({"messages": [*HELLO, {"role": "assistant", "content": "Hi <|separator|>"}], "add_generation_prompt": False}, 2),
+        ({"messages": [*HELLO, SAID], "add_generation_prompt": False, "continue_final_message": True}, 1),
+        ({"messages": HELLO, "tools": TOOLS}, 2),
+        ({"messages": HELLO, "tools": TOOLS, "tool_choice": "none"}, 1),
+    ],
+)
+async def test_the_ids_of_a_conversation_are_those_of_chat(
+    http: httpx.AsyncClient, engine: FakeEngineClient, conversation: dict[str, Any], num_separators: int
+):
+    http: httpx.AsyncClient, engine: FakeEngineClient, conversation: dict[str, Any], num_separators: int
+):
+    engine.info = engine_info(max_model_len=4096)  # room for tools
+
+    answer = await tokenized(http, **conversation)
+    response = await http.post("/v1/chat/completions", json=conversation | {"max_tokens": 1})
+
+    assert response.status_code == 200, response.text
+    assert answer["tokens"] == list(engine.submitted[-1].prompt_token_ids)
+    separators = answer["tokens"].count(tiny_tokenizer().special_tokens["<|separator|>"])
+    assert separators == num_separators
+
+
+async def test_the_limit_of_messages_is_that_of_chat(engine: FakeEngineClient):
+    limits = replace(Limits(), max_messages=2)
+    app = create_app(client=engine, tokenizer=tiny_tokenizer(), model=tiny_config(), model_name="tiny", limits=limits)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as http:
+        statuses = [(await http.post("/tokenize", json={"messages": HELLO * count})).status_code for count in (2, 3)]
+
+    assert statuses == [200, 400]
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=200)
@@ -104,6 +144,7 @@ async def test_tokenizer_info_is_what_lm_eval_reads(http: httpx.AsyncClient):
     assert (info["eos_token"], info["pad_token"]) == ("[EOS]", "[PAD]")
     assert (info["bos_token_id"], info["eos_token_id"], info["pad_token_id"]) == (1, 2, 0)
     assert "<|separator|>" in info["additional_special_tokens"]
+    assert "add_generation_prompt" in info["chat_template"]
     assert (info["vocab_size"], info["model_max_length"]) == (VOCAB_SIZE, 256)
     assert (await http.head("/tokenizer_info")).status_code == 200
 
@@ -122,6 +163,13 @@ async def test_the_start_token_that_lm_eval_asks_for_by_its_text_is_the_start_to
         ("tokenize", {}, "prompt"),
         ("tokenize", {"prompt": None}, "prompt"),
         ("tokenize", {"prompt": ["a"]}, "prompt"),
+        ("tokenize", {"prompt": "a", "messages": HELLO}, "prompt"),
+        ("tokenize", {"messages": []}, "messages"),
+        ("tokenize", {"messages": "hello"}, "messages"),
+        ("tokenize", {"messages": HELLO, "tool_choice": "required"}, "tool_choice"),
+        ("tokenize", {"messages": HELLO, "continue_final_message": True}, "continue_final_message"),
+        ("tokenize", {"messages": HELLO, "parse_special_tokens": True}, "parse_special_tokens"),
+        ("tokenize", {"messages": HELLO, "chat_template": "{{ messages }}"}, "chat_template"),
         ("tokenize", {"prompt": [1]}, "prompt"),
         ("tokenize", {"prompt": "a", "add_special_tokens": 1}, "add_special_tokens"),
         ("tokenize", {"prompt": "a", "return_token_strs": "true"}, "return_token_strs"),
