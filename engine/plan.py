@@ -194,10 +194,11 @@ def mesh_of(*, num_devices: int, data: int, is_expert_parallel: bool) -> MeshCon
 
 
 class Query(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """A `Question` as it travels; a device is one of `footprint.DEVICES`, or described."""
+    """A `Question` as it travels."""
 
     model: ModelConfig
-    device: str | Device
+    device: str  # one of `footprint.DEVICES`
+    device_bytes: int | None = None  # where it has another memory than that one
     num_devices: int = 1  # that share each matrix, or hold whole experts
     data_parallel: int = 1
     is_expert_parallel: bool = False
@@ -209,8 +210,11 @@ class Query(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
     def question(self) -> Question:
         """Raises `ConfigError` for a device that nobody knows."""
-        if isinstance(self.device, str) and self.device not in DEVICES:
-            raise ConfigError(f"--device: {self.device} is none of {', '.join(DEVICES)}; describe another by its --device-memory")
+        device = DEVICES.get(self.device)
+        if device is None:
+            raise ConfigError(f"--device: {self.device} is none of {', '.join(DEVICES)}; take a near one and give its --device-memory")
+        if self.device_bytes is not None:
+            device = replace(device, memory_bytes=self.device_bytes)
         return Question(
             setup=Setup(
                 model=self.model,
@@ -220,7 +224,7 @@ class Query(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
                 kv=self.kv or self.dtype,
                 dtype=self.dtype,
             ),
-            device=DEVICES[self.device] if isinstance(self.device, str) else self.device,
+            device=device,
             memory_share=self.memory_share,
         )
 

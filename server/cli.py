@@ -134,6 +134,57 @@ def inspect(
 
 
 @app.command()
+def plan(
+    model: Annotated[str, typer.Option("--model", metavar="TEXT", help="a preset, which needs no files, or a model directory")] = "grok-1",
+    device: Annotated[str, typer.Option("--device", metavar="TEXT", help="a100-80, h100-80, h200, b200 or mi300x")] = "h100-80",
+    device_memory: Annotated[str | None, typer.Option("--device-memory", metavar="BYTES", help="another size of one, e.g. 48GiB")] = None,
+    tensor_parallel_size: Annotated[
+        int, typer.Option("--tensor-parallel-size", "-tp", min=1, metavar="N", help="devices that share each matrix")
+    ] = 8,
+    data_parallel_size: Annotated[int, typer.Option("--data-parallel-size", min=1, metavar="N", help="such groups of devices")] = 1,
+    enable_expert_parallel: Annotated[
+        bool, typer.Option("--enable-expert-parallel", help="whole experts on each device instead of slices of all")
+    ] = False,
+    weights: Annotated[str, typer.Option("--weights", metavar="float32|bfloat16|int8|int4", help="form of the weights")] = "int8",
+    kv_cache_dtype: Annotated[str, typer.Option("--kv-cache-dtype", metavar="float32|bfloat16|int8|fp8", help="of the cache")] = "bfloat16",
+    max_model_len: Annotated[int | None, typer.Option("--max-model-len", min=1, metavar="N", help="longest sequence, in tokens")] = None,
+    max_num_seqs: Annotated[int, typer.Option("--max-num-seqs", min=1, metavar="N", help="sequences running at once")] = 64,
+    max_num_batched_tokens: Annotated[int, typer.Option("--max-num-batched-tokens", min=1, metavar="N", help="tokens in one step")] = 256,
+    gpu_memory_utilization: Annotated[
+        float, typer.Option("--gpu-memory-utilization", min=0.01, max=1, metavar="X", help="share of a device's memory to use")
+    ] = 0.9,
+    json: Annotated[bool, typer.Option("--json", help="print everything as JSON")] = False,
+) -> None:
+    """Show whether a model fits a machine, before anything is loaded.
+
+    Bytes on each device, how many tokens of cache and sequences fit, what speed to expect, and what would fit where it does not (status 1).
+    """
+    try:
+        from server.planning import Machine, Request, show_plan
+
+        machine = Machine(
+            device=device,
+            device_memory=device_memory,
+            tensor=tensor_parallel_size,
+            data=data_parallel_size,
+            is_expert_parallel=enable_expert_parallel,
+            memory_share=gpu_memory_utilization,
+        )
+        request = Request(
+            model=model,
+            weights=weights,
+            kv=kv_cache_dtype,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+        )
+        status = show_plan(request, machine, as_json=json)
+    except EngineError as error:
+        _fail(error)
+    raise typer.Exit(status)
+
+
+@app.command()
 def version() -> None:
     """Print the version."""
     typer.echo(importlib.metadata.version("grok-server"))

@@ -1,17 +1,19 @@
 """`grok-server plan`: whether a model fits a machine, as tables.
 
-The counting is done by `python -m engine.plan` in a process of its own, because it needs what the server must not import; it answers with one
-JSON object, which is drawn here or handed on as it is.
+The counting is done by `python -m engine.plan` in a process of its own, because it needs what the server must not import; it answers with
+one JSON object, which is drawn here or handed on as it is.
 """
 
 import json
 import subprocess
 import sys
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
+from pydantic import ByteSize, TypeAdapter, ValidationError
 from rich.console import Console as Terminal
 from rich.table import Table
 
@@ -21,8 +23,51 @@ from engine.errors import ConfigError
 from server.console import readable_bytes
 from server.engine_process import child_environment
 
+WIDTH_OF_FILES = 120  # of the tables, where they go to a file or a pipe
 COMMAND = (sys.executable, "-P", "-m", "engine.plan")
+WEIGHT_FORMATS = ("float32", "bfloat16", "int8", "int4")
+KV_FORMATS = ("float32", "bfloat16", "int8", "fp8")
 DOES_NOT_FIT = 1  # exit status
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """What is there."""
+
+    device: str
+    device_memory: str | None  # "48GiB" where it is another than the device's own
+    tensor: int
+    data: int
+    is_expert_parallel: bool
+    memory_share: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What is to be served on it."""
+
+    model: str  # a preset, or a directory
+    weights: str
+    kv: str
+    max_model_len: int | None  # None: the model's context
+    max_num_seqs: int
+    max_num_batched_tokens: int
+
+
+def show_plan(request: Request, machine: Machine, *, as_json: bool) -> int:
+    """Print the plan; returns the exit status: 0 where it fits. Raises `ConfigError` for what makes no sense."""
+    name, model = model_of(request.model)
+    plan = ask(_query(request, machine, model))
+    if as_json:
+        print(json.dumps(plan, indent=1))
+    else:
+        terminal = Terminal(highlight=False, width=None if sys.stdout.isatty() else WIDTH_OF_FILES)
+        for part in _parts(name, plan):
+            if isinstance(part, str):
+                terminal.print(part, markup=False, soft_wrap=True)
+            else:
+                terminal.print(part, "")
+    return DOES_NOT_FIT if plan["problem"] else 0
 
 
 def model_of(name: str) -> tuple[str, ModelConfig]:
@@ -50,16 +95,36 @@ def ask(query: dict[str, Any]) -> dict[str, Any]:
     return plan
 
 
-def show_plan(name: str, query: dict[str, Any], *, as_json: bool) -> int:
-    """Print the plan; returns the exit status: 0 where it fits. Raises like `ask`."""
-    plan = ask(query)
-    if as_json:
-        print(json.dumps(plan, indent=1))
-    else:
-        terminal = Terminal(highlight=False, width=None if sys.stdout.isatty() else 120)
-        for part in _parts(name, plan):
-            terminal.print(part, markup=False, soft_wrap=True) if isinstance(part, str) else terminal.print(part)
-    return DOES_NOT_FIT if plan["problem"] else 0
+def _query(request: Request, machine: Machine, model: ModelConfig) -> dict[str, Any]:
+    for flag, value, choices in (("--weights", request.weights, WEIGHT_FORMATS), ("--kv-cache-dtype", request.kv, KV_FORMATS)):
+        if value not in choices:
+            raise ConfigError(f"{flag}: expected one of {', '.join(choices)}, found {value!r}")
+    longest = model.sequence_len if request.max_model_len is None else request.max_model_len
+    if longest > model.sequence_len:
+        raise ConfigError(f"--max-model-len: the model was made for {model.sequence_len:,} tokens, found {longest:,}")
+    return {
+        "model": model,
+        "device": machine.device,
+        "device_bytes": None if machine.device_memory is None else _bytes_of(machine.device_memory),
+        "num_devices": machine.tensor,
+        "data_parallel": machine.data,
+        "is_expert_parallel": machine.is_expert_parallel,
+        "memory_share": machine.memory_share,
+        "weights": request.weights,
+        "kv": request.kv,
+        "scheduler": {
+            "max_model_len": longest,
+            "max_num_seqs": request.max_num_seqs,
+            "max_num_batched_tokens": request.max_num_batched_tokens,
+        },
+    }
+
+
+def _bytes_of(text: str) -> int:
+    try:
+        return int(TypeAdapter(ByteSize).validate_python(text))
+    except ValidationError:
+        raise ConfigError(f"--device-memory: expected a size like 48GiB, found {text!r}") from None
 
 
 def _parts(name: str, plan: dict[str, Any]) -> Iterable[str | Table]:

@@ -1,0 +1,69 @@
+"""`grok-server plan` as people and scripts use it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TINY_A = Path(__file__).parents[1] / "data" / "tiny-a"
+
+
+def plan(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "server", "plan", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=os.environ | {"COLUMNS": "100"}, check=False)
+
+
+def test_grok_1_needs_no_files_and_fits_eight_h100s():
+    result = plan()
+
+    assert result.returncode == 0, result.stderr
+    assert "318,239,694,848 bytes" in result.stdout
+    assert "It fits." in result.stdout
+
+
+def test_what_does_not_fit_ends_with_status_1_and_what_would():
+    result = plan("--device", "h200", "-tp", "1")
+
+    assert result.returncode == 1
+    assert "It does not fit" in result.stdout
+    assert "--tensor-parallel-size 4" in result.stdout
+
+
+def test_a_model_directory_is_counted_from_its_configuration():
+    result = plan("--model", str(TINY_A), "-tp", "1", "--json")
+
+    answer = json.loads(result.stdout)
+    assert result.returncode == 0
+    assert answer["question"]["setup"]["model"]["sequence_len"] == 256
+    released = sum(path.stat().st_size for path in (TINY_A / "ckpt-0").iterdir())
+    assert 0.8 * released < answer["payload_bytes"] < released
+
+
+def test_memory_of_another_size_is_taken_for_the_devices_own():
+    question = json.loads(plan("--device-memory", "48GiB", "--json").stdout)["question"]
+
+    assert question["device"]["memory_bytes"] == 48 << 30
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["-tp", "3"], "8 kv heads"),
+        (["--weights", "int5"], "--weights: expected one of float32, bfloat16, int8, int4"),
+        (["--kv-cache-dtype", "int4"], "--kv-cache-dtype: expected one of"),
+        (["--device", "abacus"], "none of a100-80, h100-80"),
+        (["--device-memory", "much"], "--device-memory: expected a size like 48GiB"),
+        (["--model", "/does/not/exist"], "neither a directory nor one of grok-1, grok-1-tiny"),
+        (["--max-model-len", "8193"], "made for 8,192 tokens"),
+    ],
+)
+def test_what_makes_no_sense_is_one_line_and_status_2(arguments: list[str], complaint: str):
+    result = plan(*arguments)
+
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert complaint in result.stderr
+    assert len(result.stderr.splitlines()) == 1
