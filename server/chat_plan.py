@@ -10,8 +10,9 @@ from typing import Any, cast
 
 from server.conversation import Conversation, Role, Tool, ToolCall, ToolChoice, Turn, check_conversation
 from server.errors import InvalidRequest, shown
+from server.limits import Limits
 from server.plan import GenerationPlan, Terms, check_logprobs, plan_of
-from server.schemas.chat import ChatRequest, Message, WireTool
+from server.schemas.chat import ChatRequest, ConversationFields, Message, WireTool
 from server.schemas.common import SamplingFields
 from server.services import Services
 from server.structured_output import OutputGrammar, output_grammar
@@ -29,8 +30,7 @@ class ConversationPlan(GenerationPlan):
 
 async def check_chat(body: ChatRequest, terms: Terms, services: Services) -> ConversationPlan:
     """The plan of a `POST /v1/chat/completions`. Raises `InvalidRequest` with the field, or `ModelNotFound`."""
-    if len(body.messages) > terms.limits.max_messages:
-        raise InvalidRequest(f"{len(body.messages):,} messages, the limit is {terms.limits.max_messages:,}", param="messages")
+    conversation = conversation_of(body, limits=terms.limits)
     if body.n > terms.limits.max_sequences:
         raise InvalidRequest(f"n is {body.n}, the limit is {terms.limits.max_sequences} sequences", param="n")
     if body.top_logprobs is not None and not body.logprobs:
@@ -40,7 +40,7 @@ async def check_chat(body: ChatRequest, terms: Terms, services: Services) -> Con
         body,
         terms,
         services,
-        conversation=conversation_of(body),
+        conversation=conversation,
         max_tokens=_max_tokens(body),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         text_grammar=output_grammar(body),
@@ -91,8 +91,10 @@ async def plan_of_conversation(
     return ConversationPlan(**shared, conversation=conversation)
 
 
-def conversation_of(body: ChatRequest) -> Conversation:
-    """What the request's messages and tools mean. Raises `InvalidRequest` for a `tool_choice` that is none."""
+def conversation_of(body: ConversationFields, *, limits: Limits) -> Conversation:
+    """What messages and tools mean. Raises `InvalidRequest` for too many messages, and for a `tool_choice` that is none."""
+    if len(body.messages) > limits.max_messages:
+        raise InvalidRequest(f"{len(body.messages):,} messages, the limit is {limits.max_messages:,}", param="messages")
     tools = tuple(map(_tool, body.tools))
     conversation = Conversation(
         turns=tuple(map(_turn, body.messages)),

@@ -52,6 +52,7 @@ class ChatTemplate:
 
     def __init__(self, source: str, *, tokenizer: Tokenizer, max_chars: int = DEFAULT_MAX_CHARS) -> None:
         """Raises `ConfigError` with one line where the template does not compile."""
+        self.source = source
         self._max_chars = max_chars
         self._ids = tokenizer.special_tokens
         self._sentinels = {token: _new_sentinel() for token in self._ids}

@@ -14,7 +14,7 @@ from engine.config import ModelConfig
 from engine.types import EngineInfo, SamplingParams
 from server.errors import InvalidRequest, ModelNotFound, shown
 from server.limits import Limits
-from server.schemas.common import SamplingFields
+from server.schemas.common import SamplingFields, WireModel
 from server.schemas.completions import CompletionRequest, IdPrompts, TextPrompts
 from server.structured_output import OutputGrammar, output_grammar
 
@@ -131,7 +131,7 @@ def plan_of(
     `more_stop_token_ids` end every answer of the endpoint, and do not count against what a client may name.
     """
     check_model(body.model, model_name=terms.model_name)
-    _check_refused(body)
+    check_refused(body)
     _check_options(body, limits=terms.limits)
     if max_tokens is not None and body.min_tokens > max_tokens:
         raise InvalidRequest(f"min_tokens {shown(body.min_tokens)} is above max_tokens {shown(max_tokens)}", param="min_tokens")
@@ -204,8 +204,10 @@ def check_logprobs(count: int | None, *, param: str, terms: Terms) -> None:
         raise InvalidRequest(f"{param} is {shown(count)}, at most {terms.max_logprobs} are given", param=param)
 
 
-def _check_refused(body: SamplingFields) -> None:
-    """Fields that would change what is meant, were they ignored; one that says nothing (false, empty, zero) is as good as left out."""
+def check_refused(body: WireModel) -> None:
+    """Raises `InvalidRequest` for a field that would change what is meant, were it ignored; one that says nothing (false, empty, zero) is
+    as good as left out.
+    """
     for name in body.unknown_fields:
         if name in body.refused_fields and (body.model_extra or {})[name]:
             raise InvalidRequest(f"{name} is not supported: {body.refused_fields[name]}", param=name)

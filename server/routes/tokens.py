@@ -14,9 +14,11 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from engine.tokenizer import Tokenizer
+from server.chat_plan import conversation_of
+from server.conversation import check_conversation
 from server.errors import InvalidRequest
 from server.intake import ignored_fields_header
-from server.plan import check_ids, check_model
+from server.plan import RenderedPrompt, check_ids, check_model, check_refused
 from server.preprocess import INLINE_CHARS, prompt_ids, read_body
 from server.schemas.common import json_answer, json_request
 from server.schemas.tokens import Detokenized, DetokenizeRequest, TokenFields, Tokenized, TokenizeRequest, TokenizerInfo
@@ -33,13 +35,17 @@ _threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="tokens")
 
 @router.post("/tokenize", openapi_extra=json_request(TokenizeRequest), responses=json_answer(Tokenized))
 async def tokenize(request: Request, services: FromApp) -> Response:
-    """The token ids that a completions request with the same prompt and the same flags computes."""
+    """The token ids that a request which generates computes for the same prompt or the same messages."""
     tokenizer = _tokenizer_of(services)
     body = await _read(request, TokenizeRequest, services)
+    is_conversation = "messages" in body.model_fields_set
+    if is_conversation == (body.prompt is not None):
+        raise InvalidRequest("send either a text as prompt, or a conversation as messages", param="prompt")
+    runs = await _rendered(body, services) if is_conversation else (body.prompt or "",)
 
     def encode() -> Tokenized:
         ids = prompt_ids(
-            (body.prompt,),
+            runs,
             tokenizer=tokenizer,
             bos_token=services.model.bos_token,
             parse_special_tokens=body.parse_special_tokens,
@@ -53,7 +59,8 @@ async def tokenize(request: Request, services: FromApp) -> Response:
             token_strs=[tokenizer.token_name(token) for token in ids] if body.return_token_strs else None,
         )
 
-    return await _answer(encode, size=len(body.prompt), unknown_fields=body.unknown_fields, services=services)
+    size = sum(len(run) for run in runs if isinstance(run, str))
+    return await _answer(encode, size=size, unknown_fields=body.unknown_fields, services=services)
 
 
 @router.post("/detokenize", openapi_extra=json_request(DetokenizeRequest), responses=json_answer(Detokenized))
@@ -83,6 +90,7 @@ async def tokenizer_info(services: FromApp) -> Response:
         additional_special_tokens=[name for name in tokenizer.special_tokens if name.startswith("<|")],
         vocab_size=tokenizer.vocab_size,
         model_max_length=model.sequence_len,
+        chat_template="" if services.chat_template is None else services.chat_template.source,
     )
     return Response(msgspec.json.encode(info), media_type="application/json")
 
@@ -93,9 +101,20 @@ def _tokenizer_of(services: Services) -> Tokenizer:
     return services.tokenizer
 
 
+async def _rendered(body: TokenizeRequest, services: Services) -> RenderedPrompt:
+    """The prompt of the conversation's next turn."""
+    if body.parse_special_tokens:
+        raise InvalidRequest("parse_special_tokens is for a prompt: what a message says is always text", param="parse_special_tokens")
+    assert services.chat_template is not None, "there is one where there is a tokenizer"
+    conversation = conversation_of(body, limits=services.limits)
+    check_conversation(conversation)
+    return await services.chat_template.render_off_loop(conversation, variables=body.chat_template_kwargs)
+
+
 async def _read(request: Request, wire: type[_Wire], services: Services) -> _Wire:
     body = await read_body(await request.body(), wire, limits=services.limits)
     check_model(body.model, model_name=services.model_name)
+    check_refused(body)
     return body
 
 

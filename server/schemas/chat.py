@@ -138,7 +138,19 @@ class Message(WireModel):
         return self
 
 
-class ChatRequest(SamplingFields, StructuredFields):
+class ConversationFields(WireModel):
+    """What makes the prompt of a conversation's next turn."""
+
+    messages: Several[Message]
+    tools: Several[WireTool] = ()
+    tool_choice: WireToolChoice | None = None
+    parallel_tool_calls: bool = True
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template_kwargs: Variables = Field(default_factory=dict)
+
+
+class ChatRequest(ConversationFields, SamplingFields, StructuredFields):
     """A body of `POST /v1/chat/completions`."""
 
     not_an_object: ClassVar[str] = "the body must be a JSON object"
@@ -155,19 +167,11 @@ class ChatRequest(SamplingFields, StructuredFields):
         "prompt_logprobs": "ask /v1/completions for them",
     }
 
-    messages: Several[Message]
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)  # the newer name
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0)
     modalities: Several[Literal["text"]] = ("text",)
-    tools: Several[WireTool] = ()
-    tool_choice: WireToolChoice | None = None
-    parallel_tool_calls: bool = True
-
-    add_generation_prompt: bool = True
-    continue_final_message: bool = False
-    chat_template_kwargs: Variables = Field(default_factory=dict)
 
 
 class FunctionCall(msgspec.Struct, frozen=True, kw_only=True):

@@ -22,6 +22,7 @@ class WireModel(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, frozen=True, protected_namespaces=())
 
     not_an_object: ClassVar[str] = "must be an object"  # said after the name of the field that holds one
+    refused_fields: ClassVar[Mapping[str, str]] = {}  # not among the fields, but ignoring them would change what is meant; why they are not
 
     @classmethod
     def from_body(cls, body: bytes, *, limits: Limits) -> Self:
@@ -111,7 +112,7 @@ class SamplingFields(WireModel):
     """How tokens are chosen: OpenAI's fields, then the extra ones other servers have taught clients."""
 
     not_an_object: ClassVar[str] = "the body must be a JSON object"
-    refused_fields: ClassVar[Mapping[str, str]] = {  # not among the fields, but ignoring them would change what is meant; why they are not
+    refused_fields: ClassVar[Mapping[str, str]] = {
         "use_beam_search": "use best_of, or ask for less temperature",
         "length_penalty": "it belongs to beam search",
         "prompt_embeds": "send the prompt as text or token ids",

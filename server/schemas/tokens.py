@@ -1,9 +1,11 @@
 """The wire types of `/tokenize`, `/detokenize` and `/tokenizer_info`: vLLM's, which lm-eval's remote tokenizer reads."""
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import msgspec
 
+from server.schemas.chat import ChatRequest, ConversationFields, Message, Several
 from server.schemas.common import TokenIds, WireModel
 
 
@@ -15,10 +17,15 @@ class TokenFields(WireModel):
     model: str | None = None
 
 
-class TokenizeRequest(TokenFields):
-    """A body of `POST /tokenize`. The flags are those of a completions request, with the same defaults and the same effect."""
+class TokenizeRequest(ConversationFields, TokenFields):
+    """A body of `POST /tokenize`: a text or a conversation. All fields mean what they mean in a request that generates."""
 
-    prompt: str
+    refused_fields: ClassVar[Mapping[str, str]] = {
+        name: ChatRequest.refused_fields[name] for name in ("functions", "function_call", "documents", "chat_template")
+    }
+
+    prompt: str | None = None
+    messages: Several[Message] = ()
     add_special_tokens: bool = False
     parse_special_tokens: bool = False
     return_token_strs: bool = False
@@ -64,3 +71,4 @@ class TokenizerInfo(msgspec.Struct, frozen=True, kw_only=True):
     clean_up_tokenization_spaces: bool = False
     vocab_size: int
     model_max_length: int
+    chat_template: str

@@ -79,8 +79,6 @@ async def test_the_ids_are_those_that_completions_compute(
 async def test_the_ids_of_a_conversation_are_those_of_chat(
     http: httpx.AsyncClient, engine: FakeEngineClient, conversation: dict[str, Any], num_separators: int
 ):
-    http: httpx.AsyncClient, engine: FakeEngineClient, conversation: dict[str, Any], num_separators: int
-):
     engine.info = engine_info(max_model_len=4096)  # room for tools
 
     answer = await tokenized(http, **conversation)
