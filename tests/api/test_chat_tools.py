@@ -220,7 +220,7 @@ async def test_a_hundred_and_twenty_eight_tools_can_be_offered(http: httpx.Async
     [
         "always",
         {"type": "function"},
-        {"type": "function", "function": {"name": "get_wether"}},
+        {"type": "function", "function": {"name": "get_rain"}},
         {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [{"type": "function", "function": {"name": "x"}}]}},
         {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [5]}},
         {"type": "custom", "custom": {"name": "x"}},
