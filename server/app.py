@@ -24,7 +24,7 @@ from server.limits import Limits
 from server.middleware import BodyLimit, HeaderLimit, RequestContext, TidyPath
 from server.observability import Metrics
 from server.response_store import ResponseStore
-from server.routes import chat, completions, health, metrics, models, responses, tokens
+from server.routes import chat, completions, health, messages, metrics, models, responses, tokens
 from server.services import Services
 
 EXPOSED_HEADERS = ("x-request-id", "x-should-retry", "retry-after", "retry-after-ms", "x-ignored-fields")  # to pages of other origins
@@ -85,7 +85,7 @@ def create_app(
         )
     app.add_middleware(RequestContext)  # outermost
 
-    for routes in (completions, chat, responses, tokens, models, health, *([metrics] if has_metrics else [])):
+    for routes in (completions, chat, responses, messages, tokens, models, health, *([metrics] if has_metrics else [])):
         app.include_router(routes.router)
     install_error_handlers(app)
     return app

@@ -1,0 +1,185 @@
+"""From Anthropic's request to the same `Conversation` and plan as everybody's: blocks become turns, and tools, stop sequences and the like
+become the fields of the others.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
+
+from server.chat_plan import ConversationPlan, plan_of_conversation
+from server.conversation import Conversation, Role, Tool, ToolCall, ToolChoice, Turn
+from server.errors import InvalidRequest, shown
+from server.limits import Limits
+from server.plan import Terms, tenant_of
+from server.schemas.messages import (
+    ConversationFields,
+    InputBlock,
+    InputMessage,
+    MessagesRequest,
+    MessagesTool,
+    MessagesToolChoice,
+    ResultBlock,
+)
+from server.services import Services
+from server.structured_output import OutputGrammar, json_grammar
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MessagePlan(ConversationPlan):
+    """The plan of a message, with how long it may be at most: `default_max_tokens` of it, as far as there is room."""
+
+    max_message_tokens: int
+
+
+async def check_message(body: MessagesRequest, terms: Terms, services: Services) -> MessagePlan:
+    """The plan of a `POST /v1/messages`. Raises `InvalidRequest` with the field, or `ModelNotFound`.
+
+    `max_tokens` is a bound and not a demand, as Anthropic has it: where the context leaves less, the message may be as long as that.
+    """
+    _check_options(body)
+    conversation = conversation_of(body, limits=terms.limits)
+    plan = await plan_of_conversation(
+        body, terms, services, conversation=conversation, max_tokens=body.max_tokens, text_grammar=_text_grammar(body)
+    )
+    shared: dict[str, Any] = {field.name: getattr(plan, field.name) for field in fields(plan)}
+    shared["tenant"] = terms.key_tenant or tenant_of(body.metadata.user_id or body.user)
+    if body.max_tokens:
+        shared |= {"max_tokens": None, "default_max_tokens": body.max_tokens}
+    return MessagePlan(**shared, max_message_tokens=body.max_tokens)
+
+
+def conversation_of(body: ConversationFields, *, limits: Limits) -> Conversation:
+    """What the request's messages and tools mean. A last turn of the assistant's is gone on from. Raises `InvalidRequest`."""
+    if not body.messages:
+        raise InvalidRequest("messages is empty: say something", param="messages")
+    if len(body.messages) > limits.max_messages:
+        raise InvalidRequest(f"{len(body.messages):,} messages, the limit is {limits.max_messages:,}", param="messages")
+    turns = _turns(body)
+    goes_on = bool(turns) and turns[-1].role == "assistant"
+    if goes_on and turns[-1].tool_calls:
+        raise InvalidRequest("messages: the last message has a tool_use: its tool_result must follow", param="messages")
+    return Conversation(
+        turns=tuple(turns),
+        tools=tuple(_tool(tool, where=f"tools.{index}") for index, tool in enumerate(body.tools)),
+        tool_choice=_tool_choice(body.tool_choice, goes_on=goes_on),
+        parallel_tool_calls=not body.tool_choice.disable_parallel_tool_use,
+        add_generation_prompt=not goes_on,
+        continue_final_message=goes_on,
+    )
+
+
+def _check_options(body: MessagesRequest) -> None:
+    if body.n != 1:
+        raise InvalidRequest(f"n is {body.n}: a message is one answer; send several requests, or use /v1/chat/completions", param="n")
+    if body.return_token_ids:
+        raise InvalidRequest("return_token_ids is not supported here; use /v1/chat/completions", param="return_token_ids")
+
+
+def _tool_choice(choice: MessagesToolChoice, *, goes_on: bool) -> ToolChoice | str:
+    if goes_on and choice.type in ("any", "tool"):
+        raise InvalidRequest(
+            "tool_choice wants a tool_use, but the last message is a text of the assistant's to go on with", param="tool_choice"
+        )
+    match choice.type:
+        case "auto":
+            return ToolChoice.AUTO
+        case "none":
+            return ToolChoice.NONE
+        case "any":
+            return ToolChoice.REQUIRED
+        case "tool":
+            if choice.name is None:
+                raise InvalidRequest("tool_choice: a tool must be named", param="tool_choice")
+            return choice.name
+
+
+def _turns(body: ConversationFields) -> list[Turn]:
+    """What was said. Tools' results are turns of their own; other neighbours of one role are one turn, as Anthropic has it."""
+    turns: list[Turn] = []
+    if system := _text_of(body.system, where="system"):
+        turns.append(Turn(role="system", text=system))
+    for index, message in enumerate(body.messages):
+        _add_turns(turns, message, where=f"messages.{index}")
+    last = turns[-1] if turns else None
+    if last is not None and last.role == "assistant" and not last.text.strip() and not last.tool_calls:
+        turns.pop()  # there is nothing to go on with
+    return turns
+
+
+def _add_turns(turns: list[Turn], message: InputMessage, *, where: str) -> None:
+    if not message.content and message.role != "assistant":
+        raise InvalidRequest(f"{where}: the message is empty", param="messages")
+    for index, block in enumerate(message.content):
+        here = f"{where}.content.{index}"
+        match message.role, block.type:
+            case role, "text":
+                _say(turns, role, _required(block.text, "text", block, where=here))
+            case "assistant", "tool_use":
+                _say(turns, "assistant", "", call=_call(block, where=here))
+            case "user", "tool_result":
+                text = _text_of(block.content, where=f"{here}.content")
+                tool_call_id = _required(block.tool_use_id, "tool_use_id", block, where=here)
+                turns.append(Turn(role="tool", text=f"Error: {text}" if block.is_error else text, tool_call_id=tool_call_id))
+            case "assistant", "thinking" | "redacted_thinking":  # of another model, which no model takes over
+                pass
+            case role, kind:
+                raise InvalidRequest(
+                    f"{here}: blocks of type {shown(kind)} are not supported in a message of role {role}", param="messages"
+                )
+
+
+def _say(turns: list[Turn], role: Role, text: str, *, call: ToolCall | None = None) -> None:
+    calls = () if call is None else (call,)
+    if not turns or turns[-1].role != role:
+        turns.append(Turn(role=role, text=text, tool_calls=calls))
+        return
+    last = turns[-1]
+    joined = "\n".join(part for part in (last.text, text) if part)
+    turns[-1] = replace(last, text=joined, tool_calls=(*last.tool_calls, *calls))
+
+
+def _call(block: InputBlock, *, where: str) -> ToolCall:
+    return ToolCall(
+        id=_required(block.id, "id", block, where=where),
+        name=_required(block.name, "name", block, where=where),
+        arguments=json.dumps(_required(block.input, "input", block, where=where)),
+    )
+
+
+def _tool(tool: MessagesTool, *, where: str) -> Tool:
+    if tool.type != "custom":
+        raise InvalidRequest(
+            f"{where}: tools of type {shown(tool.type)} are not supported: the server runs none, only tools of yours can be used",
+            param="tools",
+        )
+    if tool.input_schema is None:
+        raise InvalidRequest(f"{where}: a tool needs an input_schema", param="tools")
+    return Tool(name=tool.name, description=tool.description, parameters=tool.input_schema, strict=tool.strict)
+
+
+def _text_of(blocks: Iterable[ResultBlock], *, where: str) -> str:
+    texts: list[str] = []
+    for index, block in enumerate(blocks):
+        if block.type != "text" or block.text is None:
+            raise InvalidRequest(
+                f"{where}.{index}: blocks of type {shown(block.type)} are not supported here: the model reads text alone",
+                param=where.partition(".")[0],
+            )
+        texts.append(block.text)
+    return "\n".join(texts)
+
+
+def _text_grammar(body: MessagesRequest) -> OutputGrammar | None:
+    chosen = body.output_config.format
+    if chosen is None:
+        return None
+    return OutputGrammar(text=json_grammar(chosen.schema_, param="output_config"), param="output_config")
+
+
+def _required(value: Value | None, name: str, block: InputBlock, *, where: str) -> Value:
+    if value is None:
+        raise InvalidRequest(f"{where}: a block of type {block.type} needs {name}", param="messages")
+    return value
