@@ -1,14 +1,18 @@
 """Tool calls: what the grammar lets a model write, and what the reader finds in it."""
 
 import json
+import random
 from functools import cache
 from itertools import pairwise
 
 import llguidance
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_tokenizer import tiny_tokenizer
 
+from engine.grammar import GrammarMatcher, GrammarTokenizer
 from server.conversation import Conversation, Tool, ToolChoice, Turn
 from server.tools import ArgumentsPart, CallPart, Part, TextPart, ToolCallReader, tools_grammar
 
@@ -264,3 +268,35 @@ def test_however_it_is_cut_the_same_is_read(text: str, calls: list[tuple[str, di
 
     assert summary(parts) == (text.lstrip(), written)
     assert all(part.text for part in parts if not isinstance(part, CallPart))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_whatever_tokens_are_chosen_a_call_comes_out_whole(seed: int):
+    bounded = Tool(
+        name="get_weather",
+        parameters={
+            "type": "object",
+            "properties": {"city": {"type": "string", "maxLength": 6}, "days": {"enum": [1, 2, 3]}},
+            "required": ["city", "days"],
+            "additionalProperties": False,
+        },
+    )
+    chance = random.Random(seed)
+    tokenizer = tiny_tokenizer()
+    known = GrammarTokenizer(tokenizer, vocab_size=tokenizer.vocab_size, eos_token=2)
+    matcher = GrammarMatcher(known, grammar(bounded, CLOCK, tool_choice=ToolChoice.REQUIRED, parallel_tool_calls=False))
+    row = np.zeros(known.num_mask_words, np.int32)
+    chosen: list[int] = []
+
+    matcher.fill_mask(row)
+    while row.any():
+        allowed = np.flatnonzero(np.unpackbits(row.view(np.uint8), bitorder="little"))
+        chosen.append(chance.choice([int(token) for token in allowed]))
+        matcher.advance(chosen[-1])
+        matcher.fill_mask(row)
+
+    assert matcher.is_accepting
+    text, ((name, arguments),) = summary(read(b"".join(map(tokenizer.token_bytes, chosen)).decode()))
+    assert text == ""
+    found = json.loads(arguments)
+    assert found == {} if name == "get_time" else (len(found["city"]) <= 6 and found["days"] in (1, 2, 3))
