@@ -15,9 +15,9 @@ everybody else, and computes again what the prefix cache has lost by then. Three
 - Preemptions of one sequence are bounded. One that gave way `MAX_PREEMPTIONS` times is admitted only when the pool holds all that it and
   the running sequences may ever need. All its elders are among these, so once its juniors have given way, nobody can lack a block.
 
-Slots and blocks are shared between tenants as they come and go. Where the one whose turn it is lacks either, nobody is preempted, and its
-tenant runs at least two sequences fewer than another, the other's youngest yields: it queues again as a newcomer of the same age, and
-finds what it computed in the prefix cache when it comes back. The oldest never yields, and no sequence more than `MAX_YIELDS` times.
+Slots and blocks go from one tenant to another as `fair_queue` has it. Where those whose turn it is lack either, the youngest of who may be
+asked yield: they queue again as newcomers of the same age, and find what they computed in the prefix cache when they come back. So do the
+preempted ones, if all may be asked. The oldest never yields, and no sequence more than `MAX_YIELDS` times.
 """
 
 from dataclasses import dataclass
@@ -65,10 +65,11 @@ class Scheduler:
         self.running: list[Sequence] = []  # by rank
         self.num_preemptions = 0
         self._preempted: list[Sequence] = []  # by rank, the oldest last
-        self._newcomers = FairQueue()
-        self._num_ranks = 0
         # No more than the budget has tokens: whoever needs a single one gets it in every step.
-        self._free_slots = list(reversed(range(min(config.max_num_seqs, config.max_num_batched_tokens))))
+        num_slots = min(config.max_num_seqs, config.max_num_batched_tokens)
+        self._free_slots = list(reversed(range(num_slots)))
+        self._newcomers = FairQueue(num_slots=num_slots, num_cache_tokens=pool.num_blocks * block_size)
+        self._num_ranks = 0
         self._watermark = int(pool.num_blocks * WATERMARK_SHARE)
 
     @property
@@ -120,41 +121,62 @@ class Scheduler:
         return Schedule(items=tuple(items), admitted=tuple(admitted))
 
     def _make_way(self) -> list[Sequence]:
-        """Where slots or blocks are lacking, let the youngest of a crowding tenant yield theirs; returns for whom."""
-        if self._preempted:
+        """Where those whose turn it is lack a slot or blocks, let others yield theirs; returns who may come in then."""
+        if not len(self._newcomers) or not self.running:
             return []
-        heirs, crowd = self._newcomers.exchange()
+        self._newcomers.advance_clock()
+        heirs, spare = self._newcomers.exchange()
         if not heirs:
             return []
-        hit = self.cache.lookup(heirs[0])
-        has_blocks = self._fits(heirs[0], hit)
-        if has_blocks and self._free_slots:
+        if self._preempted and spare and self._queue_preempted(spare, heirs[0].request.tenant):
+            heirs, spare = self._newcomers.exchange()
+        able = [each for each in self.running[1:] if each in spare and each.num_yields < MAX_YIELDS]
+        if not able or self._preempted:
             return []
-        able = [each for each in self.running[1:] if each in crowd and each.num_yields < MAX_YIELDS][-len(heirs) :]
-        if self._num_wanted_tokens(without=able) >= self.config.max_num_batched_tokens:
-            return []
-        if has_blocks:
-            for sequence in reversed(able):
-                self._yield(sequence)
-            return heirs[: len(able)]
-        if self._num_blocks(heirs[0].num_tokens) > self.pool.num_free - self._watermark + sum(len(each.block_ids) for each in able):
-            return []
-        while able and not self._fits(heirs[0], hit):
-            self._yield(able.pop())
-        return heirs[:1]
+        served: list[Sequence] = []
+        num_running = len(self.running)
+        budget = self._budget_left(without=set(able))
+        num_needed = 0  # blocks, for those served
+        num_able = sum(len(each.block_ids) for each in able)  # blocks, perhaps fewer: some are shared
+        for heir in heirs:
+            num_needed += self._num_blocks_needed(heir)
+            if budget <= 0 or num_needed > self._num_spare_blocks() + num_able or heir.num_preemptions >= MAX_PREEMPTIONS:
+                break
+            served.append(heir)
+            budget -= heir.num_tokens
+            while able and not (len(served) <= len(self._free_slots) and num_needed <= self._num_spare_blocks()):
+                num_able -= len(able[-1].block_ids)
+                self._yield(able.pop())
+        return served if len(self.running) < num_running else []
 
-    def _num_wanted_tokens(self, *, without: list[Sequence]) -> int:
-        """What the others have left to compute: where that takes a whole step, a slot that is freed would stay empty."""
-        return sum(each.num_remaining_tokens for each in self.running) - sum(each.num_remaining_tokens for each in without)
+    def _queue_preempted(self, spare: set[Sequence], tenant: str) -> bool:
+        """Let the preempted ones wait for their tenants' turns, if all are spare or of the tenant whose turn it is."""
+        if not all(each.num_yields < MAX_YIELDS and (each in spare or each.request.tenant == tenant) for each in self._preempted):
+            return False
+        while self._preempted:
+            self._yield(self._preempted[0])
+        return True
+
+    def _budget_left(self, *, without: set[Sequence]) -> int:
+        """Tokens of a step that the others do not want. Where they want all, a slot that is freed would stay empty."""
+        return self.config.max_num_batched_tokens - sum(each.num_remaining_tokens for each in self.running if each not in without)
+
+    def _num_blocks_needed(self, sequence: Sequence) -> int:
+        """To admit it, besides those that others hold."""
+        return self._num_blocks(sequence.num_tokens) - sum(self.pool.is_held(block) for block in self.cache.lookup(sequence))
+
+    def _num_spare_blocks(self) -> int:
+        return self.pool.num_free - self._watermark
 
     def _yield(self, sequence: Sequence) -> None:
         """Back into the queue of its tenant."""
-        self.running.remove(sequence)
-        self._release(sequence)
-        sequence.num_yields += 1
+        if sequence.slot is None:
+            self._preempted.remove(sequence)
+        else:
+            self.running.remove(sequence)
+            self._release(sequence)
         sequence.rank = None
-        self._newcomers.settle(sequence)
-        self._newcomers.add(sequence)
+        self._newcomers.take_back(sequence)
 
     def _go_on(self) -> tuple[list[ScheduledTokens], list[Sequence]]:
         """Schedule every sequence that needs a single token; returns also those that need more.

@@ -14,6 +14,7 @@ from scripted_runner import ScriptedRunner, check_conservation, expected
 
 from engine.batch import Batch
 from engine.core import EngineCore
+from engine.fair_queue import FairQueue
 from engine.messages import Abort, Deltas, FromEngine, Refused, Submit
 from engine.scheduler import MAX_PREEMPTIONS, MAX_YIELDS
 from engine.sequence import Sequence
@@ -28,6 +29,8 @@ class _Before:
     num_batches: int
     running: list[Sequence]
     oldest: Sequence | None
+    num_open_tokens: int | None  # if the clock of fairness is looked at
+    ranked: list[tuple[Sequence, int | None, int]]  # with rank and number of yields
     due: list[Sequence]  # running and in need of a single token, which they get in every step
 
 
@@ -44,10 +47,10 @@ class EngineChecks:
         self._num_found: dict[str, int] = {}  # prompt tokens that were there when its first step came
         self._num_looked_up = 0  # prompt tokens of these
         self._num_preemptions: dict[str, int] = {}
-        self._num_yields: dict[str, int] = {}
         self._sequences: dict[str, Sequence] = {}  # of the submitted ones
-        self._before = _Before(has_work=False, num_batches=0, running=[], oldest=None, due=[])
+        self._before = _Before(has_work=False, num_batches=0, running=[], oldest=None, num_open_tokens=None, ranked=[], due=[])
         self._num_idle_turns = 0
+        self._clock = 0  # of fairness
 
     def submitted(self, message: Submit) -> None:
         assert message.request.request_id not in self._open, "a request was submitted twice"
@@ -67,7 +70,7 @@ class EngineChecks:
     def before_turn(self) -> None:
         latest_s = self._core.clock() - self._patience_s - 1e-9
         assert all(self._gone_s.get(request_id, math.inf) > latest_s for request_id in self._open), "work for a client who is gone"
-        running = self._core.scheduler.running
+        running, queue = self._core.scheduler.running, self._core.scheduler._newcomers
         ranked = [each for each in (*running, *self._core.scheduler.waiting) if each.rank is not None]
         oldest = min(ranked, key=lambda sequence: sequence.rank or 0, default=None)
         self._before = _Before(
@@ -75,6 +78,8 @@ class EngineChecks:
             num_batches=len(self._runner.batches),
             running=list(running),
             oldest=oldest,
+            num_open_tokens=num_open_tokens(queue) if running and len(queue) else None,
+            ranked=[(each, each.rank, each.num_yields) for each in ranked],
             due=[sequence for sequence in running if _is_due(sequence)],
         )
 
@@ -87,13 +92,19 @@ class EngineChecks:
             self._look_up(batch)
         gave_way = [sequence for sequence in before.running if sequence.slot is None and not sequence.is_over]
         for sequence in gave_way:
-            self._count_way_given(sequence)
+            if sequence.rank is not None:
+                self._count_preemption(sequence)
+        for sequence, rank, num_yields in before.ranked:  # who yielded is nobody's elder any more
+            assert sequence.num_yields == num_yields + (sequence.rank != rank), "a yield was not counted"
+            assert sequence.num_yields <= MAX_YIELDS, "yielded too often"
         for sequence in before.running:  # and got its last token in the same turn
             if sequence.is_over and sequence.num_preemptions:
                 self._num_preemptions[sequence.request.request_id] = sequence.num_preemptions
         stepped = [item.sequence for batch in batches for item in batch.items]
         assert all(each in stepped or each in gave_way or each.is_over for each in before.due), "a running sequence was passed over"
         assert before.oldest not in gave_way, "the oldest gave way"
+        deltas = [delta for message in said if isinstance(message, Deltas) for delta in message.deltas]
+        self._check_clock(has_expired=any(delta.finish_reason is FinishReason.DEADLINE for delta in deltas))
         num_deltas = 0
         for message in said:
             match message:
@@ -132,6 +143,17 @@ class EngineChecks:
         if delta.finish_reason is not None:
             del self._open[delta.request_id]
 
+    def _check_clock(self, *, has_expired: bool) -> None:
+        """Under equal sharing the tenants would still have to get what they really had to get before this turn."""
+        queue = self._core.scheduler._newcomers
+        assert queue._clock >= self._clock, "the clock of fairness went back"
+        self._clock = queue._clock
+        if self._before.num_open_tokens is not None and not has_expired:  # perhaps all that waited
+            tenants = queue._tenants.values()
+            num_ahead = sum(max(0, tenant.finish - queue._clock) for tenant in tenants)
+            num_unforeseen = 2 * self._core.config.scheduler.max_num_seqs  # received since, and charged
+            assert num_ahead <= self._before.num_open_tokens + len(tenants) + num_unforeseen, "the clock of fairness is slow"
+
     def _look_up(self, batch: Batch) -> None:
         """A sequence's first step begins behind what was found of it."""
         for item in batch.items:
@@ -140,13 +162,11 @@ class EngineChecks:
                 self._num_found[request.request_id] = min(item.start, len(request.prompt_token_ids))
                 self._num_looked_up += len(request.prompt_token_ids)
 
-    def _count_way_given(self, sequence: Sequence) -> None:
-        """For want of blocks, or of a slot: then it is nobody's elder any more."""
-        has_yielded = sequence.rank is None
-        counts, limit = (self._num_yields, MAX_YIELDS) if has_yielded else (self._num_preemptions, MAX_PREEMPTIONS)
+    def _count_preemption(self, sequence: Sequence) -> None:
+        counts = self._num_preemptions
         count = counts[sequence.request.request_id] = counts.get(sequence.request.request_id, 0) + 1
-        assert count == (sequence.num_yields if has_yielded else sequence.num_preemptions), "a preemption was not counted"
-        assert count <= limit, "preempted too often"
+        assert count == sequence.num_preemptions, "a preemption was not counted"
+        assert count <= MAX_PREEMPTIONS, "preempted too often"
 
     def _check_forgotten(self, failed: Sequence) -> None:
         """Nobody finds what a failed sequence computed, unless a companion that computes the same has not failed yet, or just left."""
@@ -171,6 +191,21 @@ def check_books(core: EngineCore) -> None:
     assert core.pool._num_holders == holders, "a reference count is not the number of holders"
     assert core.pool._kept == core.cache._keys.keys(), "pool and prefix cache disagree on what is kept"
     assert len(core.cache._entries) == len(core.cache._keys), "two entries of the prefix cache share a block"
+    check_accounts(core.scheduler._newcomers)
+
+
+def check_accounts(queue: FairQueue) -> None:
+    """What waits is what tenants pay for."""
+    for tenant in queue._tenants.values():
+        size = sum(each.num_foreseen_tokens - (each.num_tokens if each.num_yields else 0) for _, _, each in tenant.waiting)
+        assert tenant.backlog == size, "a tenant's backlog is not what it has waiting"
+
+
+def num_open_tokens(queue: FairQueue) -> int:
+    """What all tenants together still have to get."""
+    tenants = queue._tenants.values()
+    admitted = (each for tenant in tenants for each in tenant.admitted)
+    return sum(tenant.backlog for tenant in tenants) + sum(max(0, each.num_foreseen_tokens - each.num_tokens) for each in admitted)
 
 
 class ListenerChecks:

@@ -16,6 +16,7 @@ from engine.batch import Batcher
 from engine.block_pool import BlockPool
 from engine.client import RemoteEngineClient
 from engine.core import EngineCore
+from engine.fair_queue import FairQueue
 from engine.journal import Journal
 from engine.prefix_cache import PrefixCache
 from engine.quarantine import Quarantine
@@ -139,6 +140,15 @@ BUGS: dict[str, tuple[Change, ...]] = {
             "self._newcomers.head() or (self._preempted[-1] if self._preempted else None)",
         ),
     ),
+    "the clock of fairness stands still": (
+        Change(FairQueue, "advance_clock", "max(self._clock, (total - num_open) // count)", "self._clock"),
+    ),
+    "the clock of fairness runs for who is first alone": (
+        Change(FairQueue, "advance_clock", "max(self._clock, (total - num_open) // count)", "max(self._clock, finish - num_open)"),
+    ),
+    "the clock of fairness goes back": (Change(FairQueue, "advance_clock", "max(self._clock, (total", "max(0, (total"),),
+    "who yielded pays again": (Change(FairQueue, "_refund", "tenant.charge -=", "_ ="),),
+    "what left the queue still counts as waiting": (Change(FairQueue, "_take_out", "tenant.backlog -= _size(sequence)", "pass"),),
     "no step is launched ahead": (
         Change(Scheduler, "_go_on", "num_pending and (sequence.needs_host or start + 1 >= sequence.max_len)", "num_pending"),
     ),

@@ -1,73 +1,16 @@
-"""Who computes how many tokens, first told as sentences, then in random histories on a device that checks every block it reads."""
+"""Who computes how many tokens, first told as sentences, then in random histories on a device that checks every block it reads.
 
-from dataclasses import dataclass
-from itertools import count
+Who is next among tenants, and who makes way for whom, is told in `test_fairness.py`.
+"""
 
-import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from scheduling import add, commit, scheduler_of, sequence_of, step
 
-from engine.block_pool import BlockPool
-from engine.config import SchedulerConfig
-from engine.prefix_cache import PrefixCache
-from engine.scheduler import MAX_PREEMPTIONS, MAX_YIELDS, Schedule, ScheduledTokens, Scheduler
+from engine.scheduler import MAX_PREEMPTIONS, MAX_YIELDS, Schedule, ScheduledTokens
 from engine.sequence import Sequence
 from engine.types import GenerationRequest, SamplingParams
-
-BLOCK_SIZE = 4
-
-
-def scheduler_of(*, num_blocks: int = 100, max_num_seqs: int = 8, budget: int = 16, block_size: int = BLOCK_SIZE) -> Scheduler:
-    config = SchedulerConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=budget, max_model_len=2000)
-    pool = BlockPool(num_blocks)
-    return Scheduler(config, pool, PrefixCache(pool, block_size=block_size), block_size=block_size)
-
-
-def sequence_of(arrival: int, prompt: tuple[int, ...], *, max_tokens: int = 20, tenant: str = "", priority: int = 0) -> Sequence:
-    request = GenerationRequest(
-        request_id=str(arrival),
-        prompt_token_ids=prompt,
-        sampling=SamplingParams(max_tokens=max_tokens),
-        tenant=tenant,
-        priority=priority,
-    )
-    return Sequence(request=request, arrival=arrival, token_ids=list(prompt))
-
-
-def add(
-    scheduler: Scheduler,
-    arrival: int,
-    num_prompt: int,
-    *,
-    max_tokens: int = 20,
-    first: int | None = None,
-    tenant: str = "",
-    priority: int = 0,
-) -> Sequence:
-    """Queue a sequence; `arrival` is its age and name. Its prompt is its own, or counts up from `first`."""
-    start = 1000 * arrival if first is None else first
-    sequence = sequence_of(arrival, tuple(range(start, start + num_prompt)), max_tokens=max_tokens, tenant=tenant, priority=priority)
-    scheduler.add(sequence)
-    return sequence
-
-
-def step(scheduler: Scheduler) -> dict[int, int]:
-    """Schedule a step and enter its result at once. Tokens computed by arrival, in schedule order."""
-    schedule = scheduler.schedule()
-    commit(scheduler, schedule)
-    return {item.sequence.arrival: item.num_tokens for item in schedule.items}
-
-
-def commit(scheduler: Scheduler, schedule: Schedule) -> None:
-    """Every chosen token is a 7; who has all its tokens leaves."""
-    for item in schedule.items:
-        if item.chooses_token and not item.sequence.is_over:
-            item.sequence.token_ids.append(7)
-            item.sequence.num_pending_tokens -= 1
-            if len(item.sequence.token_ids) == item.sequence.max_len:
-                item.sequence.is_over = True
-                scheduler.remove(item.sequence)
 
 
 def test_a_waiting_sequence_starts_in_the_step_after_it_came() -> None:
@@ -103,14 +46,14 @@ def test_waiting_sequences_start_in_the_order_they_came() -> None:
     assert step(scheduler) == {0: 1, 1: 1, 2: 5, 3: 2}
 
 
-def test_higher_priority_starts_first_and_tenants_take_turns() -> None:
+def test_the_smaller_tenant_starts_first_and_within_a_tenant_the_higher_priority() -> None:
     scheduler = scheduler_of(max_num_seqs=1)
     for arrival in range(4):
         add(scheduler, arrival, 2, max_tokens=1, tenant="a", priority=arrival // 2)
     for arrival in range(4, 6):
         add(scheduler, arrival, 2, max_tokens=1, tenant="b")
 
-    assert [*(next(iter(step(scheduler))) for _ in range(6))] == [2, 4, 3, 5, 0, 1]
+    assert [*(next(iter(step(scheduler))) for _ in range(6))] == [4, 5, 2, 3, 0, 1]
 
 
 def test_no_more_run_than_there_are_slots() -> None:
@@ -235,12 +178,12 @@ def test_who_gave_way_computes_again_only_what_the_cache_has_lost() -> None:
     assert step(scheduler) == {1: 4}  # the block that was not full had to go
 
 
-def test_who_gave_way_starts_before_newcomers_of_whatever_tenant_and_priority() -> None:
+def test_who_gave_way_starts_before_newcomers_of_whatever_priority() -> None:
     scheduler = scheduler_of(num_blocks=4)
     old, _ = add(scheduler, 0, 8), add(scheduler, 1, 7)
     step(scheduler)
     step(scheduler)
-    add(scheduler, 2, 1, tenant="b", priority=5)
+    add(scheduler, 2, 1, priority=5)
 
     assert step(scheduler) == {0: 1}
 
@@ -397,148 +340,6 @@ def test_one_that_fails_after_it_gave_way_is_forgotten_by_the_cache_too() -> Non
 
     add(scheduler, 2, 7, first=500)
     assert step(scheduler) == {2: 7}
-
-
-@dataclass(frozen=True, slots=True)
-class Wait:
-    """Mean number of steps from arrival to the first token and to the end."""
-
-    first: float
-    end: float
-
-
-def waits(scheduler: Scheduler, crowd: list[tuple[str, int, int]]) -> dict[str, Wait]:
-    """Run a crowd of (tenant, arrival step, output tokens), one step ahead; the waits of each tenant."""
-    came: dict[int, int] = {}
-    firsts: dict[int, int] = {}
-    ends: dict[int, int] = {}
-    tenants: dict[int, str] = {}
-    coming = sorted(crowd, key=lambda one: one[1])
-    in_flight: Schedule | None = None
-    for now in count():
-        while coming and coming[0][1] <= now:
-            tenant, _, num_output = coming.pop(0)
-            arrival = len(came)
-            came[arrival], tenants[arrival] = now, tenant
-            add(scheduler, arrival, 10, max_tokens=num_output, tenant=tenant)
-        launched = scheduler.schedule()
-        if in_flight:
-            commit(scheduler, in_flight)
-            for item in in_flight.items:
-                firsts.setdefault(item.sequence.arrival, now)
-                if item.sequence.is_over:
-                    ends.setdefault(item.sequence.arrival, now)
-        in_flight = launched
-        if not coming and not scheduler.has_work:
-            break
-    return {
-        tenant: Wait(
-            first=mean([firsts[n] - came[n] for n in came if tenants[n] == tenant]),
-            end=mean([ends[n] - came[n] for n in came if tenants[n] == tenant]),
-        )
-        for tenant in set(tenants.values())
-    }
-
-
-def mean(values: list[int]) -> float:
-    return sum(values) / len(values)
-
-
-@pytest.mark.parametrize("later", [0, 100])
-@pytest.mark.parametrize("num_small", [16, 40])
-def test_a_tenant_that_sends_ten_times_as_much_at_most_doubles_the_waiting_of_another(num_small: int, later: int) -> None:
-    small = [("small", later, 20 + n % 40) for n in range(num_small)]
-    large = [("large", 0, 20 + n % 40) for n in range(10 * num_small)]
-
-    alone = waits(scheduler_of(budget=64), small)["small"]
-    beside = waits(scheduler_of(budget=64), small + large)
-
-    assert beside["small"].end <= 2 * alone.end
-    assert beside["small"].first <= 2 * alone.first + 20  # half as many start at once: behind them the queue moves half as fast
-    assert beside["large"].end > 2 * beside["small"].end
-
-
-def test_a_tenant_within_its_share_hardly_waits() -> None:
-    small = [("small", 12 * n, 20 + n % 40) for n in range(50)]
-    large = [("large", n, 20 + n % 40) for n in range(500)]
-
-    alone = waits(scheduler_of(budget=64), small)["small"]
-    beside = waits(scheduler_of(budget=64), small + large)["small"]
-
-    assert beside.first <= alone.first + 2
-    assert beside.end <= 1.2 * alone.end
-
-
-def test_a_crowding_tenant_yields_its_youngest_until_both_run_as_many() -> None:
-    scheduler = scheduler_of(budget=64)
-    for arrival in range(12):
-        add(scheduler, arrival, 10, tenant="large")
-    step(scheduler)
-    step(scheduler)
-    for arrival in range(12, 20):
-        add(scheduler, arrival, 10, first=500 + 20 * arrival, tenant="small")
-
-    first = step(scheduler)
-
-    assert sorted(each.arrival for each in scheduler.running) == [0, 1, 2, 3, 12, 13, 14, 15]
-    assert {12, 13, 14, 15} <= first.keys()
-    assert [each.arrival for each in scheduler.waiting[:4]] == [4, 5, 6, 7], "who yielded goes before those of its tenant that came later"
-
-
-def test_a_tenant_that_fills_the_pool_yields_blocks_to_one_that_runs_nothing() -> None:
-    scheduler = scheduler_of(num_blocks=61, budget=256)
-    for arrival in range(6):
-        add(scheduler, arrival, 38, first=100 * arrival, max_tokens=200, tenant="large")
-    step(scheduler)
-    small = add(scheduler, 6, 30, first=900, max_tokens=2, tenant="small")
-
-    step(scheduler)
-
-    assert small.slot is not None
-    assert {each.num_yields for each in scheduler.waiting} <= {0, 1}
-
-
-def test_nobody_yields_a_slot_while_a_prompt_takes_every_token_that_its_heir_would_need() -> None:
-    scheduler = scheduler_of(num_blocks=400, max_num_seqs=4, budget=16)
-    large = [add(scheduler, arrival, 2, first=50 * arrival, max_tokens=300, tenant="large") for arrival in range(3)]
-    step(scheduler)
-    add(scheduler, 3, 100, first=500, max_tokens=2, tenant="small")
-    step(scheduler)
-    add(scheduler, 4, 2, first=900, max_tokens=2, tenant="small")
-
-    for _ in range(4):
-        step(scheduler)
-
-    assert [each.num_yields for each in large] == [0, 0, 0]
-
-
-def test_nobody_yields_where_that_would_not_make_enough_room() -> None:
-    scheduler = scheduler_of(num_blocks=60, max_num_seqs=3, budget=64)
-    large = [add(scheduler, arrival, 60, first=100 * arrival, max_tokens=20, tenant="large") for arrival in range(3)]
-    for _ in range(4):
-        step(scheduler)
-    add(scheduler, 3, 200, first=900, max_tokens=2, tenant="small")
-
-    step(scheduler)
-
-    assert [each.num_yields for each in large] == [0, 0, 0]
-
-
-def test_one_sequence_yields_a_bounded_number_of_times_and_the_oldest_never() -> None:
-    scheduler = scheduler_of(max_num_seqs=2, budget=64)
-    old, young = add(scheduler, 0, 10, max_tokens=500, tenant="large"), add(scheduler, 1, 10, max_tokens=500, tenant="large")
-    step(scheduler)
-
-    for arrival in range(2, 9):
-        visitor = add(scheduler, arrival, 10, first=500 * arrival, max_tokens=5, tenant="small")
-        for _ in range(3):
-            step(scheduler)
-        if visitor.slot is not None:
-            scheduler.remove(visitor)
-            step(scheduler)
-
-    assert (old.num_yields, young.num_yields) == (0, MAX_YIELDS)
-    assert young.slot is not None
 
 
 # Random histories. The device below keeps, per place of a block, the whole text up to it: what equal prefixes share and others do not.
@@ -724,7 +525,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert len(waiting) == scheduler.num_waiting
         ranks = [sequence.rank for sequence in (*running, *waiting) if sequence.rank is not None]
         assert ranks == sorted(ranks), "a younger one overtook"
-        assert all(sequence.num_preemptions <= MAX_PREEMPTIONS for sequence in self.open)
+        assert all(sequence.num_preemptions <= MAX_PREEMPTIONS and sequence.num_yields <= MAX_YIELDS for sequence in self.open)
         assert all(len(sequence.block_ids) * scheduler.block_size >= sequence.num_computed_tokens for sequence in running)
 
     def teardown(self) -> None:
