@@ -46,13 +46,24 @@ class Terminal(RichConsole):
 class Console:
     """The `Watcher` of the engine's life, for people."""
 
-    def __init__(self, *, url: str, model_name: str, has_tokenizer: bool, needs_key: bool = False, metrics_url: str | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        url: str,
+        model_name: str,
+        has_tokenizer: bool,
+        needs_key: bool = False,
+        metrics_url: str | None = None,
+        limits: Mapping[str, int | float | None] | None = None,
+    ) -> None:
+        """`limits` are all bounds on what clients may send and hold, by the names of their settings."""
         self._terminal = Terminal(highlight=False)
         self._url = url
         self._model_name = model_name
         self._has_tokenizer = has_tokenizer
         self._needs_key = needs_key
         self._metrics_url = metrics_url
+        self._limits = limits or {}
         self._bars: Bars | None = None
         self._bar_of_phase: dict[str, TaskID] = {}
         self._last_line_s: dict[str, float] = {}  # when each phase had its last plain progress line
@@ -62,14 +73,14 @@ class Console:
         self._line(f"Starting {self._model_name} on {self._url}")
         if self._metrics_url is not None:
             self._line(f"Metrics on {self._metrics_url}")
+        if self._terminal.is_terminal:
+            cells = [f"{name} {readable_number(value)}" for name, value in self._limits.items()]
+            self._terminal.print(Columns(cells, title="limits", column_first=True, padding=(0, 3)), markup=False)
 
-    def limits(self, values: Mapping[str, int | float | None]) -> None:
-        """All bounds on what clients may send and hold: a table on a terminal, else one log line."""
+    def log_limits(self) -> None:
+        """One line, where there is no terminal that has a table of them."""
         if not self._terminal.is_terminal:
-            log.info("limits", **values)
-            return
-        cells = [f"{name} {readable_number(value)}" for name, value in values.items()]
-        self._terminal.print(Columns(cells, title="limits", column_first=True, padding=(0, 3)), markup=False)
+            log.info("limits", **self._limits)
 
     def engine_progressed(self, progress: Progress) -> None:
         """A line per program. Of the rest, a bar per phase on a terminal; else a line at its start and end and every few seconds."""

@@ -1,6 +1,6 @@
 """One life of the server: check, listen, start the engine, serve, drain, stop.
 
-    1. Everything that can be wrong is looked at first: model directory, configuration, tokenizer, port. Each is one line and status 2.
+    1. Everything that can be wrong is looked at first: model directory, configuration, tokenizer, port. Each is one line of error.
     2. The socket listens before the engine starts, so that a taken port is known at once and `/livez` answers while the model loads.
     3. The supervisor starts the engine process; while it imports and loads, this process imports and builds the HTTP application.
     4. SIGTERM: readiness fails at once, and for a short while requests are still taken, so that load balancers turn away before anybody is
@@ -111,7 +111,7 @@ def prepare(settings: Settings) -> Prepared:
         metrics_listener = None
         if settings.metrics_port is not None:
             metrics_listener = listen(settings.metrics_host, settings.metrics_port, of="metrics-")
-    except ConfigError:
+    except AddressError:
         listener.close()
         raise
     return Prepared(
@@ -137,12 +137,12 @@ def _chosen_chat_template(settings: Settings, tokenizer: Tokenizer | None, *, li
 
 
 def listen(host: str, port: int, *, of: str = "") -> socket.socket:
-    """A listening TCP socket. Raises `ConfigError` where that cannot be had, a port in use among others; `of` begins its flags' names."""
+    """A listening TCP socket. Raises `AddressError` where that cannot be had, a port in use among others; `of` begins its flags' names."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         listener = socket.socket(family, kind, protocol)
     except OSError as error:
-        raise ConfigError(f"--{of}host: cannot listen on {host}: {error.strerror or error}") from None
+        raise AddressError(f"--{of}host: cannot listen on {host}: {error.strerror or error}") from None
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
@@ -150,14 +150,16 @@ def listen(host: str, port: int, *, of: str = "") -> socket.socket:
     except OSError as error:
         listener.close()
         reason = (error.strerror or str(error)).lower()
-        raise ConfigError(f"cannot listen on {host} port {port}: {reason}; choose another with --{of}port (0 takes any free one)") from None
+        raise AddressError(
+            f"cannot listen on {host} port {port}: {reason}; choose another with --{of}port (0 takes any free one)"
+        ) from None
     return listener
 
 
 def serve(settings: Settings, *, engine_command: Sequence[str] = ENGINE_COMMAND) -> None:
     """Run the server until a signal ends it.
 
-    Raises `EngineError` where it cannot start; an `EngineStartError` says with which exit status the process should end.
+    Raises `EngineError` where it cannot start; where the error has an `exit_status`, the process should end with that, else with 2.
     """
     prepared = prepare(settings)
     with ExitStack() as listeners, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -165,6 +167,12 @@ def serve(settings: Settings, *, engine_command: Sequence[str] = ENGINE_COMMAND)
             if listener is not None:
                 listeners.enter_context(listener)
         runner.run(_Life(prepared, engine_command=engine_command).run())
+
+
+class AddressError(ConfigError):
+    """The server cannot listen where it should."""
+
+    exit_status = 4
 
 
 class _Life:
@@ -182,6 +190,7 @@ class _Life:
             has_tokenizer=prepared.tokenizer is not None,
             needs_key=bool(prepared.keys),
             metrics_url=prepared.metrics_url,
+            limits=limits_by_setting(prepared.limits),
         )
 
     async def run(self) -> None:
@@ -208,22 +217,22 @@ class _Life:
     async def _serve_http(self, *, until: "asyncio.Task[None]") -> None:
         """Serve until the engine is given up or a signal came; then drain."""
         services, servers = await asyncio.to_thread(self._configure_http)
-        self._console.limits(limits_by_setting(self._prepared.limits))
         serving = [asyncio.create_task(http.serve(sockets=[listener])) for http, listener in servers]
         stop_asked = asyncio.create_task(self._stop_asked.wait())
-        warming_up = asyncio.create_task(self._warm_up(services.grammar_check))
+        once_ready = asyncio.create_task(self._once_ready(services.grammar_check))
         await asyncio.wait({until, *serving, stop_asked}, return_when=asyncio.FIRST_COMPLETED)
         stop_asked.cancel()
-        warming_up.cancel()
+        once_ready.cancel()
         await self._drain(services.admission, until=until)
         for http, _ in servers:
             http.should_exit = True
         await asyncio.gather(*serving)
 
-    async def _warm_up(self, grammar_check: "GrammarCheck | None") -> None:
-        """Have a process to check grammars in before one comes, though after the first requests, which come first."""
+    async def _once_ready(self, grammar_check: "GrammarCheck | None") -> None:
+        """Log the limits. Have a process to check grammars in before one comes, though after the first requests, which come first."""
         while not self._supervisor.client.is_ready:
             await asyncio.sleep(POLL_S)
+        self._console.log_limits()
         await asyncio.sleep(STANDBY_DELAY_S)
         if grammar_check is not None:
             grammar_check.start()

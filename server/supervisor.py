@@ -112,7 +112,7 @@ class Supervisor:
             is_quick = ready_s < STABLE_S and self.client.stats.num_steps == num_steps
             num_quick_deaths = num_quick_deaths + 1 if is_quick else 0
             if num_failed_starts == (MAX_FAILED_STARTS if self.client.info is None else MAX_FAILED_RESTARTS):
-                raise EngineStartError(f"the engine {cause} {num_failed_starts} times in a row before it was ready", exit_status=1)
+                raise EngineStartError(f"the engine {cause} {num_failed_starts} times in a row before it was ready", exit_status=3)
             is_trial = self.client.is_searching and self._ready_since_s is not None
             pause_s = 0.0 if is_trial else pause_before_restart(num_quick_deaths)
             self._watcher.engine_died(cause, pause_s=pause_s)

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from fake_engine import HANG, FakeEngineClient, counting_script
 from fastapi import FastAPI
 from live_server import serve_in_thread
 
+from engine.types import GenerationRequest, TokenDelta
 from server.http_protocol import SPARE_CONNECTIONS, BoundedHttp, bounded_http
 from server.limits import Limits
 
@@ -322,3 +324,36 @@ except ConfigError as error:
     else:
         assert int(result[0]) == expected
         assert int(result[1]) >= expected
+
+
+def test_500_streams_opened_and_dropped_leave_tasks_files_and_places_where_they_were(
+    address: tuple[str, int], engine: FakeEngineClient, app: FastAPI
+):
+    loops: set[asyncio.AbstractEventLoop] = set()
+
+    def script(request: GenerationRequest) -> list[TokenDelta | float]:
+        loops.add(asyncio.get_running_loop())
+        return [counting_script(request)[0], HANG]
+
+    def drop(count: int) -> None:
+        with contextlib.ExitStack() as opened:
+            for _ in range(count):
+                connection = connect(address, opened)
+                connection.sendall(post({"prompt": [7], "stream": True}))
+                assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+
+    def settled() -> tuple[int, int]:
+        """Tasks and open files once nothing is open."""
+        wait_until(lambda: not engine.num_open and app.state.services.admission.open == (0, 0))
+        (loop,) = loops
+        time.sleep(0.2)
+        return len(asyncio.all_tasks(loop)), len(os.listdir("/proc/self/fd"))
+
+    engine.script = script
+    drop(50)
+    before = settled()
+    for _ in range(10):
+        drop(50)
+
+    assert settled() == before
+    assert len(engine.aborted) == 550

@@ -54,7 +54,9 @@ def test_version_is_the_distributions():
         (["--config", "/does/not/exist.yaml"], "/does/not/exist.yaml"),
         ([str(TINY_A), "--skip-tokenizer-init", "--max-model-len", "1000000"], "--max-model-len: the model was made for 256 tokens"),
         ([str(TINY_A)], "tokenizer"),
-        ([str(TINY_A), "--skip-tokenizer-init", "--host", "192.0.2.1"], "cannot listen on 192.0.2.1"),
+        (["--api-key", "my secret"], "--api-key: an API key is"),
+        (["--api-key-file", "/does/not/exist", str(TINY_A), "--skip-tokenizer-init"], "--api-key-file: cannot read /does/not/exist"),
+        (["--allowed-origins", "app.example"], "--allowed-origins: must be"),
         ([str(TINY_A), "--skip-tokenizer-init", "--chat-template", "x.jinja"], "--chat-template: without a tokenizer there is no chat"),
         (["--chat-template", "{% for %}"], "--chat-template, line 1: "),
         (["--chat-template", "/does/not/exist.jinja"], "--chat-template: cannot read /does/not/exist.jinja: No such file or directory"),
@@ -68,14 +70,25 @@ def test_what_cannot_be_served_is_one_line_and_status_2(arguments, complaint):
     assert complaint in result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert result.stderr.startswith("error: ")
+    assert "secret" not in result.stderr
 
 
-def test_a_port_in_use_is_told_before_anything_starts():
+@pytest.mark.parametrize("flag", ["--port", "--metrics-port"])
+def test_a_port_in_use_is_told_before_anything_starts(flag):
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        result = grok_server("serve", str(TINY_A), "--skip-tokenizer-init", "--port", str(taken.getsockname()[1]))
+        result = grok_server("serve", str(TINY_A), "--skip-tokenizer-init", "--port", "0", flag, str(taken.getsockname()[1]))
 
-    assert result.returncode == 2
-    assert "address already in use; choose another with --port" in result.stderr
+    assert result.returncode == 4
+    assert f"address already in use; choose another with {flag}" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("flag", ["--host", "--metrics-host"])
+def test_an_address_of_another_machine_is_told_before_anything_starts(flag):
+    result = grok_server("serve", str(TINY_A), "--skip-tokenizer-init", "--port", "0", "--metrics-port", "0", flag, "192.0.2.1")
+
+    assert result.returncode == 4
+    assert "cannot listen on 192.0.2.1" in result.stderr
     assert len(result.stderr.splitlines()) == 1
 
 

@@ -301,7 +301,7 @@ async def test_a_start_that_crashes_is_given_up_after_three_times():
     with pytest.raises(EngineStartError, match="ended with status 1 3 times in a row") as caught, anyio.fail_after(30):
         await Supervisor(engine_options(), watcher=notes, command=(*ENGINE, "--start", "crash")).run()
 
-    assert caught.value.exit_status == 1
+    assert caught.value.exit_status == 3
     assert len(notes.deaths) == 2
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -100,3 +101,63 @@ def test_a_stream_that_waits_for_an_engine_that_never_comes_is_told_at_the_timeo
 
         assert [*lines][-1] == "shutting_down"
         assert server.wait(timeout=60) == 0
+
+
+def test_sigterm_under_32_streams_ends_each_whole_or_with_an_error_event():
+    """Every second one is done in time."""
+    lengths = [40 if number % 2 else 250 for number in range(32)]
+    ends: dict[int, list[str]] = {}
+
+    with running_fake_server("--step-s", "0.02", GROK_SERVER_SHUTDOWN_NOTICE="0", GROK_SERVER_SHUTDOWN_TIMEOUT="2") as (server, url):
+        begun = threading.Semaphore(0)
+
+        def follow(number: int) -> None:
+            lines = stream_tokens(url, max_tokens=lengths[number])
+            first = next(lines)
+            begun.release()
+            ends[number] = [first, *lines]
+
+        threads = [threading.Thread(target=follow, args=(number,)) for number in range(32)]
+        for thread in threads:
+            thread.start()
+        for _ in threads:
+            assert begun.acquire(timeout=30)
+        server.send_signal(signal.SIGTERM)
+        for thread in threads:
+            thread.join(timeout=60)
+
+        assert server.wait(timeout=60) == 0
+    assert len(ends) == 32
+    for number, tokens in ends.items():
+        if lengths[number] == 40:
+            assert tokens == [*tokens_of(40), "[DONE]"]
+        else:
+            assert tokens[-1] in ("shutting_down", "[DONE]")
+            assert tokens[:-1] == tokens_of(len(tokens) - 1)
+    assert "shutting_down" in {tokens[-1] for tokens in ends.values()}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "status"), [("SIGTERM", "SIGTERM", 143), ("SIGTERM", "SIGINT", 130), ("SIGINT", "SIGTERM", 143)]
+)
+def test_a_second_signal_ends_streams_fast_and_says_which_it_was(first: str, second: str, status: int):
+    with running_fake_server("--step-s", "0.05") as (server, url):
+        streams = [stream_tokens(url, max_tokens=250) for _ in range(8)]
+        for lines in streams:
+            next(lines)
+        (engine,) = Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split()
+        server.send_signal(signal.Signals[first])
+        while httpx.get(f"{url}/readyz").status_code == 200:
+            time.sleep(0.01)
+        signalled_s = time.monotonic()
+
+        server.send_signal(signal.Signals[second])
+
+        assert server.wait(timeout=10) == status
+        assert time.monotonic() - signalled_s < 3
+        while Path(f"/proc/{engine}").exists():
+            assert time.monotonic() - signalled_s < 5
+            time.sleep(0.02)
+        for lines in streams:
+            with pytest.raises(httpx.HTTPError):
+                list(lines)

@@ -109,16 +109,20 @@ def test_a_ready_engine_says_how_many_of_its_programs_were_compiled_before(capsy
 def test_the_limits_are_a_table_on_a_terminal_and_a_log_line_elsewhere(capsys, monkeypatch):
     limits = limits_by_setting(replace(Limits(), max_tenant_tokens=None, write_timeout_s=2.5))
 
-    with capture_logs() as lines:
-        Console(url="http://127.0.0.1:1", model_name="m", has_tokenizer=True).limits(limits)
-    elsewhere = capsys.readouterr().out
+    def shown() -> tuple[list, str]:
+        with capture_logs() as lines:
+            console = Console(url="http://127.0.0.1:1", model_name="m", has_tokenizer=True, limits=limits)
+            console.starting()
+            console.log_limits()
+        return lines, capsys.readouterr().out
+
+    logged, printed = shown()
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "120")
-    with capture_logs() as none:
-        Console(url="http://127.0.0.1:1", model_name="m", has_tokenizer=True).limits(limits)
-    on_terminal = capsys.readouterr().out
+    logged_on_terminal, printed_on_terminal = shown()
 
-    assert (elsewhere, none) == ("", [])
-    assert lines == [{"event": "limits", "log_level": "info", **limits}]
+    assert logged == [{"event": "limits", "log_level": "info", **limits}]
+    assert "max_connections" not in printed
+    assert logged_on_terminal == []
     for cell in ("max_connections 1,024", "max_tenant_tokens none", "write_timeout_s 2.5"):
-        assert cell in on_terminal
+        assert cell in printed_on_terminal
