@@ -39,7 +39,7 @@ def check_parts_stream_as_they_grow():
 
 
 def check_parts_stream_from_json():
-    parts = list(_client(instructor.Mode.JSON_SCHEMA).create_partial(response_model=Pet, **ASKED))
+    parts = list(_client(instructor.Mode.JSON_SCHEMA).create_partial(response_model=Pet, strict=False, **ASKED))  # else no text is an enum
 
     assert len(parts) > 3
     Pet.model_validate(parts[-1].model_dump())
