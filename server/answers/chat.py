@@ -75,11 +75,13 @@ class ChatAnswer(Answer):
     def _choice(self, index: int, updates: list[Update]) -> ChatChoice:
         last = updates[-1].chunk
         text, calls = _message_of(self._parts(index, [update.chunk for update in updates]))
+        finish_reason = self._finish_reason(index, last)
+        assert finish_reason is not None, "a whole answer has ended"
         return ChatChoice(
             index=index,
             message=ChatMessage(content=text if text or not calls else None, tool_calls=calls or msgspec.UNSET),
             logprobs=self._logprobs(updates),
-            finish_reason=self._finish_reason(index, last) or "",
+            finish_reason=finish_reason,
             stop_reason=self._stop_reason(last),
             token_ids=self._token_ids([update.chunk for update in updates]),
         )
