@@ -70,6 +70,7 @@ class Scheduler:
         self._free_slots = list(reversed(range(num_slots)))
         self._newcomers = FairQueue(num_slots=num_slots, num_cache_tokens=pool.num_blocks * block_size)
         self._num_ranks = 0
+        self._refusal: tuple[Sequence, int] | None = None  # who found too few blocks last, and how many
         self._watermark = int(pool.num_blocks * WATERMARK_SHARE)
 
     @property
@@ -94,6 +95,7 @@ class Scheduler:
 
         With `discard` the prefix cache forgets its blocks, too: their numbers are not to be trusted.
         """
+        self._refusal = None
         if sequence.rank is None:
             self._newcomers.remove(sequence)
         else:
@@ -139,8 +141,13 @@ class Scheduler:
         num_needed = 0  # blocks, for those served
         num_able = sum(len(each.block_ids) for each in able)  # blocks, perhaps fewer: some are shared
         for heir in heirs:
+            num_available = self.pool.num_free + num_able
+            if budget <= 0 or heir.num_preemptions >= MAX_PREEMPTIONS or self._is_refused(heir, num_available):
+                break
             num_needed += self._num_blocks_needed(heir)
-            if budget <= 0 or num_needed > self._num_spare_blocks() + num_able or heir.num_preemptions >= MAX_PREEMPTIONS:
+            if num_needed > num_available - self._watermark:
+                if not served:
+                    self._refuse(heir, num_available)
                 break
             served.append(heir)
             budget -= heir.num_tokens
@@ -233,8 +240,11 @@ class Scheduler:
         admitted: list[Sequence] = []
         candidates = iter(heirs) if heirs else iter(self._next, None)
         while budget and self._free_slots and (sequence := next(candidates, None)):
+            if self._is_refused(sequence, self.pool.num_free):
+                break
             hit = self.cache.lookup(sequence)
             if not self._fits(sequence, hit):
+                self._refuse(sequence, self.pool.num_free)
                 break
             self._start(sequence, hit)
             budget -= self._read(sequence, budget, items)
@@ -253,8 +263,23 @@ class Scheduler:
             return self._num_blocks(sequence.num_tokens) - num_found <= self.pool.num_free - self._watermark
         return sum(self._num_blocks(each.max_len) for each in (*self.running, sequence)) <= self.pool.num_blocks
 
+    def _is_refused(self, sequence: Sequence, num_available: int) -> bool:
+        """It had no room among as many blocks before: to look up a long prompt in every step takes longer than the rest of the step.
+
+        One that is found to share more meanwhile comes in when the next block is free.
+        """
+        if self._refusal is None or not self.running:
+            return False
+        refused, num_found = self._refusal
+        return sequence is refused and num_available <= num_found
+
+    def _refuse(self, sequence: Sequence, num_available: int) -> None:
+        if sequence.num_preemptions < MAX_PREEMPTIONS:  # the others wait for sequences, not for blocks
+            self._refusal = sequence, num_available
+
     def _start(self, sequence: Sequence, hit: list[int]) -> None:
         """Give it a slot and the blocks of all its tokens; those found are computed already."""
+        self._refusal = None
         num_tokens = sequence.num_tokens
         self.pool.share(hit)
         sequence.block_ids.extend(hit)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from scheduling import add, commit, scheduler_of, sequence_of, step
 
+from engine.prefix_cache import PrefixCache
 from engine.scheduler import MAX_PREEMPTIONS, MAX_YIELDS, Schedule, ScheduledTokens
 from engine.sequence import Sequence
 from engine.types import GenerationRequest, SamplingParams
@@ -223,6 +224,37 @@ def test_a_sequence_that_needs_the_whole_pool_runs_once_it_is_alone() -> None:
 
     scheduler.remove(small)
     assert step(scheduler) == {1: 796}
+
+
+class CountingCache(PrefixCache):
+    """Counts the lookups."""
+
+    num_lookups = 0
+
+    def lookup(self, sequence: Sequence) -> list[int]:
+        self.num_lookups += 1
+        return super().lookup(sequence)
+
+
+def test_who_does_not_fit_is_looked_up_again_only_when_there_are_more_blocks() -> None:
+    scheduler = scheduler_of(num_blocks=30, budget=200)
+    scheduler.cache = cache = CountingCache(scheduler.pool, block_size=4)
+    old, middle = add(scheduler, 0, 20, max_tokens=40), add(scheduler, 1, 20, max_tokens=40)
+    step(scheduler)
+    add(scheduler, 2, 100)
+    cache.num_lookups = 0
+
+    for _ in range(9):
+        step(scheduler)
+    assert cache.num_lookups == 1
+
+    scheduler.remove(middle)
+    step(scheduler)
+    step(scheduler)
+    assert cache.num_lookups == 2
+
+    scheduler.remove(old)
+    assert step(scheduler) == {2: 100}
 
 
 def test_a_few_blocks_stay_free_when_others_run() -> None:
