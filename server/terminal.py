@@ -92,6 +92,10 @@ class Screen:
             sys.stdout.flush()
             self._is_line_open = not text.endswith("\n")
 
+    def took_keys(self) -> None:
+        """The terminal itself has written `^C`."""
+        self._is_line_open = True
+
     def end_line(self) -> None:
         """What is written next begins on a line of its own; in a pipe nothing is added."""
         if self.is_terminal and self._is_line_open:
@@ -183,6 +187,7 @@ def show(pieces: Generator[str], screen: Screen) -> Shown:
                     written.append(piece)
         except KeyboardInterrupt:
             was_interrupted = True
+            screen.took_keys()
         finally:
             screen.end_line()
     return Shown(text="".join(written), was_interrupted=was_interrupted)

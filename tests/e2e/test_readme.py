@@ -45,6 +45,17 @@ def test_the_completion_in_a_terminal_of_the_readme_is_english(default_server: R
     assert printed.stderr == ""
 
 
+def test_the_chat_of_the_readme_answers_what_is_piped_in(default_server: RunningServer):
+    command = next(line for line in snippet("sh", "grok-server chat").splitlines() if "chat" in line)
+    command = command.replace(".venv/bin/grok-server", str(COMMAND)).partition("#")[0] + " --seed 1 --max-tokens 60"
+
+    environment = os.environ | {"GROK_SERVER_URL": default_server.url}
+    said = "Tell me a story about a fox and a bird."
+    printed = subprocess.run(["bash", "-c", command], input=said, capture_output=True, text=True, check=True, timeout=120, env=environment)
+
+    assert looks_like_english(printed.stdout)
+
+
 def test_the_sdk_snippet_of_the_readme_prints_english(default_server: RunningServer):
     program = snippet("python", "OpenAI").replace("http://127.0.0.1:8000", default_server.url)
 

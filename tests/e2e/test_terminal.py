@@ -60,6 +60,12 @@ def real_app(*, pause_s: float = 0.0) -> Iterator[tuple[FakeEngineClient, str]]:
         yield engine, url
 
 
+def num_running(url: str) -> int:
+    """Generations in the engine, as the server's metrics tell."""
+    (count,) = re.findall(r"^grok:num_requests_running (\S+)", httpx.get(f"{url}/metrics").text, re.MULTILINE)
+    return int(float(count))
+
+
 def eventually(condition: Callable[[], object], *, within_s: float = 10.0) -> None:
     give_up = time.monotonic() + within_s
     while not condition():
@@ -270,12 +276,12 @@ def test_ctrl_c_ends_a_completion_and_its_generation_with_status_130():
         real_app(pause_s=0.05) as (engine, url),
         at_terminal(*COMMAND, "complete", "Once", "--max-tokens", "200", "--url", url) as terminal,
     ):
-        eventually(lambda: engine.num_open == 1 and terminal.shown)
+        eventually(lambda: num_running(url) == 1 and terminal.shown)
 
         terminal.type(CTRL_C)
 
         assert terminal.wait() == 130
-        eventually(lambda: engine.num_open == 0)
+        eventually(lambda: num_running(url) == 0)
         assert (len(engine.aborted), engine.finished) == (1, [])
         assert "Traceback" not in terminal.shown
 
@@ -335,10 +341,11 @@ def test_ctrl_c_in_a_chat_ends_the_generation_in_the_server():
     with real_app(pause_s=0.05) as (engine, url), chatting(url) as terminal:
         for number in (1, 2):
             terminal.type("Hello\n")
-            eventually(lambda: engine.num_open == 1)
+            terminal.wait_for("Hello\r\n")
+            eventually(lambda: num_running(url) == 1)
             terminal.type(CTRL_C)
             terminal.wait_for("\n> ")
-            eventually(lambda: engine.num_open == 0)
+            eventually(lambda: num_running(url) == 0)
             assert len(engine.aborted) == number
 
         terminal.type("/exit\n")
