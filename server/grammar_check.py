@@ -159,7 +159,9 @@ class GrammarCheck:
             if status in (0, -signal.SIGKILL) and job.num_tries < MAX_TRIES:  # no grammar's doing
                 self._queue.put_back(job)
             else:
-                self._settle(job, Answer(reason=self._reason_of_death(status)))
+                reason = self._reason_of_death(status)
+                log.warning("a grammar ended the process that checked it", reason=reason, tenant=job.tenant, num_chars=len(job.text))
+                self._settle(job, Answer(reason=reason))
             return False
         self._settle(job, answer)
         return not answer.is_last

@@ -43,7 +43,7 @@ class Limits:
     # grammars, from response_format, structured_outputs and tools: server/grammar_check.py
     max_grammar_chars: int = 256 * 1024  # of one, in the engine's form
     grammar_timeout_s: float = 2.0  # of a processor, to compile one and take its first steps
-    grammar_memory_bytes: int = 256 * 2**20  # the same in memory
+    grammar_memory_bytes: int = 64 * 2**20  # the same in memory; ten times what large schemas need
     max_queued_grammars: int = 64  # waiting to be checked; 503
 
     # the server as a whole: server/admission.py

@@ -190,7 +190,7 @@ class Settings(BaseSettings):
         _LIMITS.grammar_timeout_s, ge=0.1, allow_inf_nan=False, description="seconds of a processor that compiling one grammar may take"
     )
     grammar_memory_bytes: ByteSize = Field(
-        ByteSize(_LIMITS.grammar_memory_bytes), ge=1, description="memory that compiling one grammar may take, e.g. 256MiB"
+        ByteSize(_LIMITS.grammar_memory_bytes), ge=1, description="memory that compiling one grammar may take, e.g. 64MiB"
     )
     max_queued_grammars: _Count = Field(
         _LIMITS.max_queued_grammars, description="grammars waiting to be compiled for the first time; more get a 503"

@@ -53,7 +53,7 @@ HUNGRY = json_of({"allOf": [{"type": "string", "pattern": f".*{chr(97 + index % 
 SLOW_ONES = {"rules": SLOW, "empty lines": "\n" * 250_000}
 
 HOSTILE = {  # with what the reason says
-    "memory": (HUNGRY, "more than 256 MiB"),
+    "memory": (HUNGRY, "more than 64 MiB"),
     "stack": (chained(doubled, length=2000), "nests too deeply"),
     "nested ebnf": ("root ::= " + "(" * 100_000, "nests too deeply"),
     "nested regex": (LLMatcher.grammar_from_regex("(" * 5000 + "a" + ")" * 5000), "regex"),
