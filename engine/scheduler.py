@@ -243,6 +243,8 @@ class Scheduler:
             if self._is_refused(sequence, self.pool.num_free):
                 break
             hit = self.cache.lookup(sequence)
+            if self._is_being_scored(sequence, len(hit)):
+                break
             if not self._fits(sequence, hit):
                 self._refuse(sequence, self.pool.num_free)
                 break
@@ -250,6 +252,17 @@ class Scheduler:
             budget -= self._read(sequence, budget, items)
             admitted.append(sequence)
         return admitted
+
+    def _is_being_scored(self, sequence: Sequence, num_found: int) -> bool:
+        """The next block that this scored prompt lacks is computed for another one, and will be found with its scores in a step or two."""
+        if sequence.score_collector is None or len(sequence.block_keys) <= num_found:
+            return False
+        key, end = sequence.block_keys[num_found], (num_found + 1) * self.block_size
+        return any(
+            other.block_keys[num_found : num_found + 1] == [key] and other.num_scored_tokens < min(end, other.num_prompt_tokens - 1)
+            for other in self.running
+            if other.score_collector is not None
+        )
 
     def _next(self) -> Sequence | None:
         return self._preempted[-1] if self._preempted else self._newcomers.head()
