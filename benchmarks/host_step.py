@@ -64,6 +64,9 @@ class NullRunner:
     def launch(self, batch: Batch) -> NullOutput:  # noqa: ARG002
         return self._output
 
+    def choose(self, launched: NullOutput, *, dropped: object = ()) -> NullOutput:  # noqa: ARG002
+        return launched
+
     def collect(self, output: NullOutput) -> NullOutput:
         return output
 

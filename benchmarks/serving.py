@@ -100,7 +100,7 @@ class BareStep:
         """Tokens a second."""
         start = time.perf_counter()
         for batch in self.batches:
-            np.asarray(self.runner.launch(batch).token_ids)
+            np.asarray(self.runner.choose(self.runner.launch(batch)).token_ids)
         return len(self.batches) / (time.perf_counter() - start)
 
 

@@ -1,8 +1,7 @@
 """Constraints: which tokens a sequence may choose next, and the threads that find it out where that can take long.
 
 A `Constraint` is made for a sequence with a grammar, allowed tokens, or token runs that must not come about ("bad words"). Its `words` are
-the mask for the next token. Some masks never change, and their sequences run one step ahead like all others. The rest depend on the tokens
-before, so their sequences need the host between two tokens.
+the mask for the next token. Some masks never change; the rest depend on the tokens before, so the host has to see these first.
 
 Compiling a grammar can take seconds and one mask of a hostile grammar a tenth of a second, while other sequences want their next step. So
 whatever has a grammar is worked on in the threads of `Grammars`: a few for compiling, a few for masks, and one more for masks of those
@@ -28,7 +27,7 @@ from engine.errors import GrammarError, RequestError
 from engine.stop import end_token_ids
 from engine.types import FinishReason, GenerationRequest
 
-PATIENCE_S = 0.005  # how long a step is held up for masks, at most
+PATIENCE_S = 0.01  # how long the choice of a step waits for masks, at most; the device computes meanwhile
 QUICK_S = 0.002  # a mask that took longer counts as slow
 NUM_COMPILE_THREADS = 2
 MAX_QUICK_THREADS = 4
@@ -80,6 +79,11 @@ class Constraint:
     def needs_host(self) -> bool:
         """Whether the tokens before decide about the next one."""
         return self.grammar is not None or bool(self._runs)
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether the last mask took so long that nobody should wait for the next."""
+        return self.took_s >= QUICK_S
 
     def start(self, compile_grammar: Callable[[str], Matcher] | None, output_token_ids: Iterable[int]) -> None:
         """Compile the grammar, if there is one, and go on behind the tokens that were generated already."""
@@ -154,10 +158,9 @@ class Grammars:
 
     def advance(self, constraint: Constraint, token: int) -> None:
         """Have the mask after this token found."""
-        is_quick = constraint.took_s < QUICK_S
-        if is_quick:
+        if not constraint.is_slow:
             self._awaited.add(constraint)
-        (self._quick if is_quick else self._slow).submit(constraint, lambda: constraint.advance(token))
+        (self._slow if constraint.is_slow else self._quick).submit(constraint, lambda: constraint.advance(token))
 
     def take(self, *, wait_s: float = 0.0) -> list[Constraint]:
         """What is done. Waits up to `wait_s` for the first one."""

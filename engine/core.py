@@ -4,8 +4,9 @@ Runs in the engine process, on one thread. A step: schedule, launch, then collec
 has its next work before the host looks at the last result, and the host works while the device does. The price: a sequence that ends by
 its token is found finished one step late, and what that step computed for it is thrown away.
 
-A sequence whose next choice depends on its last one (`engine/constraints.py`) needs the host in between: its token counts as pending until
-the host has found what may follow, so the scheduler leaves it out that long, while the others stay one step ahead. One with a grammar
+What a sequence may choose can depend on its last token (`engine/constraints.py`). Its next step is launched all the same, but only up to
+the choice; the last token is read and its mask found while the device computes, then the choice follows. Where a mask takes long, the row
+is dropped from the choice, and the sequence sits out until the mask is there: its token counts as pending that long. One with a grammar
 joins the scheduler when that is compiled.
 
 The core deals in token ids only and gets its runner handed in, so this file and everything under it start without jax.
@@ -14,6 +15,7 @@ The core deals in token ids only and gets its runner handed in, so this file and
 import math
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -51,14 +53,18 @@ class Runner(Protocol):
     ) -> None: ...
     def write_masks(self, masks: list[tuple[int, NDArray[np.int32]]]) -> None: ...
     def launch(self, batch: Batch) -> Any: ...
+    def choose(self, launched: Any, *, dropped: list[int] = ...) -> Any: ...
     def collect(self, output: Any) -> Any: ...
 
 
-class _InFlight(NamedTuple):
+@dataclass(slots=True, kw_only=True)
+class _InFlight:
     """A launched step that is not collected yet."""
 
     batch: Batch
-    output: Any
+    launched: Any
+    output: Any = None  # once its tokens are being chosen
+    dropped: list[int] = field(default_factory=list[int])  # rows that choose no token after all
 
 
 class _Chosen(NamedTuple):
@@ -104,7 +110,6 @@ class EngineCore:
         self._constraints: dict[Sequence, Constraint] = {}  # of those that have one
         self._compiling: dict[Constraint, Sequence] = {}  # not in the scheduler yet
         self._advancing: dict[Constraint, _Chosen] = {}
-        self._ready: list[Constraint] = []  # of these, who could go on
         self._masks: dict[int, NDArray[np.int32]] = {}  # by slot: what the device knows of the sequence in it
         self._in_flight: _InFlight | None = None
         self._next_deadline_s = math.inf  # nobody's deadline is earlier
@@ -136,7 +141,6 @@ class EngineCore:
             self._next_deadline_s = min(self._next_deadline_s, request.deadline_s)
         if constraint is not None:
             self._constraints[sequence] = constraint
-            sequence.needs_host = constraint.needs_host
         if constraint is not None and constraint.grammar is not None and self._grammars is not None:
             self._compiling[constraint] = sequence
             self._grammars.start(constraint, output_token_ids)
@@ -162,8 +166,9 @@ class EngineCore:
             deltas += self._commit(collected)
         elif launched is None and self.has_work:
             deltas += self._wait()
-        deltas += self._resume_displaced()
-        return deltas
+        if launched is not None and launched.output is None:
+            self._choose_late(launched)
+        return deltas + self._resume_displaced()
 
     def stats(self) -> EngineStats:
         """Gauges and totals as of now."""
@@ -235,10 +240,35 @@ class EngineCore:
         for sequence in schedule.admitted:
             self._reset_slot(sequence)
         batch = self.batcher.build(schedule)
-        if self._constraints and (masks := self._new_masks(schedule)):
-            self.runner.write_masks(masks)
         self._num_steps += 1
-        return _InFlight(batch, self.runner.launch(batch))
+        step = _InFlight(batch=batch, launched=self.runner.launch(batch))
+        if not self._constraints or not any(self._is_undecided(item) for item in batch.items):
+            self._let_choose(step)
+        return step
+
+    def _is_undecided(self, item: ScheduledTokens) -> bool:
+        """Whether it chooses under a mask that depends on a token which is not known yet."""
+        constraint = self._constraints.get(item.sequence)
+        return constraint is not None and constraint.needs_host and item.chooses_token and item.sequence.num_pending_tokens > 1
+
+    def _choose_late(self, step: _InFlight) -> None:
+        """Let a step choose now that the one before it is known; rows whose mask is not there in time are dropped."""
+        for row, item in enumerate(step.batch.items):
+            sequence = item.sequence
+            if sequence.is_over:
+                step.dropped.append(row)
+            elif self._is_undecided(item):
+                step.dropped.append(row)
+                sequence.needs_host = True
+                sequence.num_computed_tokens -= 1
+                sequence.num_pending_tokens -= 1
+        self._let_choose(step)
+
+    def _let_choose(self, step: _InFlight) -> None:
+        """Enter the masks that the step needs and the device has not, then start its choice."""
+        if self._constraints and (masks := self._new_masks(step)):
+            self.runner.write_masks(masks)
+        step.output = self.runner.choose(step.launched, dropped=step.dropped)
 
     def _reset_slot(self, sequence: Sequence) -> None:
         """Hand a slot over, with the tokens that count for penalties but that no step will show to it: those of a prefix hit."""
@@ -254,12 +284,12 @@ class EngineCore:
             output_token_ids=sequence.token_ids[sequence.num_prompt_tokens : num_hit],
         )
 
-    def _new_masks(self, schedule: Schedule) -> list[tuple[int, NDArray[np.int32]]]:
-        """Masks that this step needs and the device has not, by slot."""
+    def _new_masks(self, step: _InFlight) -> list[tuple[int, NDArray[np.int32]]]:
+        """By slot."""
         masks: list[tuple[int, NDArray[np.int32]]] = []
-        for item in schedule.items:
+        for row, item in enumerate(step.batch.items[: step.batch.num_sampled]):
             slot, constraint = item.sequence.slot, self._constraints.get(item.sequence)
-            if constraint is None or slot is None or not item.chooses_token or self._masks.get(slot) is constraint.words:
+            if constraint is None or slot is None or row in step.dropped or self._masks.get(slot) is constraint.words:
                 continue
             self._masks[slot] = constraint.words
             masks.append((slot, constraint.words))
@@ -273,6 +303,8 @@ class EngineCore:
         for row, item in enumerate(step.batch.items):
             sequence = item.sequence
             if sequence.is_over:
+                continue
+            if row in step.dropped:
                 continue
             scores: tuple[TokenLogprob, ...] = ()
             if sequence.score_collector is not None:
@@ -313,21 +345,11 @@ class EngineCore:
                     deltas.append(self._delta(sequence, constraint.finish))
                 else:
                     del self._compiling[constraint]
+                    sequence.needs_host = constraint.is_slow
                     self.scheduler.add(sequence)
-            elif constraint in self._advancing:
-                self._ready.append(constraint)
-        if self._ready and not self._has_larger_group():
-            deltas += [self._add_token(self._advancing.pop(constraint)) for constraint in self._ready if constraint in self._advancing]
-            self._ready.clear()
+            elif (chosen := self._advancing.pop(constraint, None)) is not None:
+                deltas.append(self._add_token(chosen))
         return deltas
-
-    def _has_larger_group(self) -> bool:
-        """Whether as many that need the host are on the device as are ready: these wait, so that all go together from then on.
-
-        Two halves that take turns would fill two steps where one does.
-        """
-        items = () if self._in_flight is None else self._in_flight.batch.items
-        return sum(item.chooses_token and item.sequence.needs_host and not item.sequence.is_over for item in items) >= len(self._ready)
 
     def _resume_displaced(self) -> list[TokenDelta]:
         """Wait for those who lost their slot in this step: none is admitted again while its token is pending."""
@@ -350,8 +372,10 @@ class EngineCore:
         sequence.num_pending_tokens -= 1
         reason = finish_reason(sequence, eos_token=self._eos_token, max_model_len=self._max_model_len)
         constraint = self._constraints.get(sequence)
-        if constraint is not None and (reason is None or constraint.finish is FinishReason.STOP):
-            reason = constraint.finish
+        if constraint is not None:
+            sequence.needs_host = constraint.is_slow
+            if reason is None or constraint.finish is FinishReason.STOP:
+                reason = constraint.finish
         return self._delta(sequence, reason, token_ids=(token,), logprobs=logprobs, scores=scores)
 
     def _scores(self, item: ScheduledTokens, scores: Any, offset: int) -> tuple[TokenLogprob, ...]:

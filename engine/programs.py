@@ -1,8 +1,9 @@
 """Programs: everything that the engine runs on its devices, compiled before readiness and made from shapes alone.
 
-One program per bucket and kind of step, one that resets a slot, and one that enters masks; nothing else is ever called. Because compiling
-needs no weights and no memory of the devices, it goes on beside the loading of the weights, and a standby process can have it behind it
-(`engine/build.py`).
+A greedy step is one program. Any other is two, the forward pass and the choice of tokens, so that masks which depend on the step before
+may be entered while the forward pass runs. Both exist once per bucket. Besides there are one that resets a slot and one that enters
+masks; nothing else is ever called. Because compiling needs no weights and no memory of the devices, it goes on beside the loading of the
+weights, and a standby process can have it behind it (`engine/build.py`).
 """
 
 import threading
@@ -18,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 from numpy.typing import NDArray
 
-from engine.batch import TILE, StepKind, StepLayout
+from engine.batch import TILE, StepInput, StepKind, StepLayout
 from engine.config import EngineConfig
 from engine.model.params import Params
 from engine.model.transformer import KVCache, LayerCache, forward, logits_of
@@ -57,6 +58,21 @@ class StepOutput(NamedTuple):
     is_finite: Any  # bool [S] False where the logits, raw or adjusted, are not finite numbers: that row has failed
     logprobs: Logprobs | None  # of the chosen tokens, [S]
     scores: Logprobs | None  # of `StepInput.targets`, [T]
+
+
+class Forwarded(NamedTuple):
+    """Result of a forward pass."""
+
+    rows: Any  # [S padded, D] what the choice starts from
+    scores: Logprobs | None
+
+
+class Chosen(NamedTuple):
+    """Result of a choice, as in `StepOutput`."""
+
+    token_ids: Any
+    is_finite: Any
+    logprobs: Logprobs
 
 
 @jax.tree_util.register_dataclass
@@ -108,7 +124,9 @@ class Programs:
         self.layouts = step_layouts(config)
         self.num_compiled = 0
         self.num_cached = 0  # of these, read from the persistent compilation cache
-        self.steps: dict[tuple[StepLayout, StepKind], Callable[..., tuple[DeviceState, StepOutput]]] = {}
+        self.greedy_steps: dict[StepLayout, Callable[..., tuple[DeviceState, StepOutput]]] = {}
+        self.forwards: dict[tuple[StepLayout, StepKind], Callable[..., tuple[KVCache, Forwarded]]] = {}
+        self.choices: dict[StepLayout, Callable[..., tuple[SlotState, Chosen]]] = {}
         self.write_slot: Callable[..., SlotState] | None = None
         self.write_masks: Callable[..., Any] | None = None
         self.num_mask_rows = min(MAX_MASK_ROWS, config.scheduler.max_num_seqs)  # that `write_masks` takes
@@ -131,9 +149,11 @@ class Programs:
         jobs: dict[Future[bool], str] = {}
         with ThreadPoolExecutor() as threads:
             for layout in self.layouts:
-                for kind in StepKind:
-                    job = threads.submit(_is_cache_hit, partial(self._compile_step, layout, kind))
+                jobs[threads.submit(_is_cache_hit, partial(self._compile_greedy, layout))] = f"step of {layout.num_tokens} tokens, greedy"
+                for kind in (StepKind.SAMPLE, StepKind.SCORE):
+                    job = threads.submit(_is_cache_hit, partial(self._compile_forward, layout, kind))
                     jobs[job] = f"step of {layout.num_tokens} tokens, {kind.name.lower()}"
+                jobs[threads.submit(_is_cache_hit, partial(self._compile_choice, layout))] = f"choice for {layout.num_seqs} sequences"
             jobs[threads.submit(_is_cache_hit, self._compile_write_slot)] = "slot reset"
             jobs[threads.submit(_is_cache_hit, self._compile_write_masks)] = "masks"
             for done, job in enumerate(as_completed(jobs), start=1):
@@ -143,16 +163,39 @@ class Programs:
                 report(Progress(phase="compile", done=done, total=len(jobs), unit="programs", detail=detail))
         self.num_compiled = len(jobs)
 
-    def _compile_step(self, layout: StepLayout, kind: StepKind) -> None:
+    def _compile_greedy(self, layout: StepLayout) -> None:
         def step(params: Params, state: DeviceState, packed: Any) -> tuple[DeviceState, StepOutput]:
-            return run_step(params, state, packed, layout=layout, kind=kind, config=self._config)
+            return run_greedy(params, state, packed, layout=layout, config=self._config)
 
-        packed = jax.ShapeDtypeStruct((layout.packed_len,), jnp.int32, sharding=replicated(self._mesh))
         shardings = jax.tree.map(lambda field: field.sharding, self._state)
         jitted = jax.jit(step, donate_argnums=1, out_shardings=(shardings, replicated(self._mesh)))
         with self._lowering:
-            lowered = jitted.lower(self._params, self._state, packed)
-        self.steps[layout, kind] = lowered.compile()
+            lowered = jitted.lower(self._params, self._state, self._packed(layout))
+        self.greedy_steps[layout] = lowered.compile()
+
+    def _compile_forward(self, layout: StepLayout, kind: StepKind) -> None:
+        def forward(params: Params, cache: KVCache, slots: SlotState, packed: Any) -> tuple[KVCache, Forwarded]:
+            return run_forward(params, cache, slots, packed, layout=layout, kind=kind, config=self._config)
+
+        shardings = jax.tree.map(lambda field: field.sharding, self._state.cache)
+        jitted = jax.jit(forward, donate_argnums=1, out_shardings=(shardings, replicated(self._mesh)))
+        with self._lowering:
+            lowered = jitted.lower(self._params, self._state.cache, self._state.slots, self._packed(layout))
+        self.forwards[layout, kind] = lowered.compile()
+
+    def _compile_choice(self, layout: StepLayout) -> None:
+        def choose(params: Params, slots: SlotState, rows: Any, packed: Any, is_dropped: Any) -> tuple[SlotState, Chosen]:
+            return run_choice(params, slots, rows, packed, is_dropped, layout=layout, config=self._config)
+
+        rows = self._shaped((num_padded_rows(layout.num_seqs), self._config.model.emb_size), self._params.embedding.dtype)
+        is_dropped = self._shaped((layout.num_seqs,), bool)
+        jitted = jax.jit(choose, donate_argnums=1, out_shardings=replicated(self._mesh))
+        with self._lowering:
+            lowered = jitted.lower(self._params, self._state.slots, rows, self._packed(layout), is_dropped)
+        self.choices[layout] = lowered.compile()
+
+    def _packed(self, layout: StepLayout) -> jax.ShapeDtypeStruct:
+        return self._shaped((layout.packed_len,), jnp.int32)
 
     def _compile_write_slot(self) -> None:
         entries = SlotEntries(*(self._shaped((SLOT_WRITE_LEN,), dtype) for dtype in ENTRY_TYPES))
@@ -198,18 +241,36 @@ def _is_cache_hit(compile_one: Callable[[], None]) -> bool:
     return _cache_hits.count > before
 
 
-def run_step(
-    params: Params, state: DeviceState, packed: NDArray[np.int32], *, layout: StepLayout, kind: StepKind, config: EngineConfig
+def run_greedy(
+    params: Params, state: DeviceState, packed: NDArray[np.int32], *, layout: StepLayout, config: EngineConfig
 ) -> tuple[DeviceState, StepOutput]:
-    """One whole step on the device: forward pass, then a token for every row that wants one."""
-    step = layout.unpack(packed, lambda bits: jax.lax.bitcast_convert_type(bits, jnp.float32))
-    step = resolve_tokens(state.slots, step)
-    hidden, cache = forward(params, state.cache, step, config.model)
-    slots = state.slots if kind is StepKind.GREEDY else count_tokens(state.slots, step)
+    """One whole step on the device: forward pass, then the likeliest token for every row that wants one."""
+    cache, (rows, _) = run_forward(params, state.cache, state.slots, packed, layout=layout, kind=StepKind.GREEDY, config=config)
+    step = _unpack(packed, layout)
+
+    def choose(x: Any) -> tuple[Any, Any]:
+        logits = logits_of(params, x, config.model)
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32), jnp.all(jnp.isfinite(logits), axis=-1)
+
     with jax.named_scope("sample"):
-        rows = jax.tree.map(lambda field: _pad_rows(field), (hidden[step.sample_at], Knobs.of(step)))
-        chosen = map_rows(lambda x, knobs: _choose(params, slots, x, knobs, kind=kind, config=config), step.counts[1], *rows)
-        token_ids, is_finite, logprobs = jax.tree.map(lambda field: field[: layout.num_seqs], chosen)
+        token_ids, is_finite = (field[: layout.num_seqs] for field in map_rows(choose, step.counts[1], rows))
+    slots = remember_tokens(state.slots, step, token_ids, is_dropped=jnp.zeros(layout.num_seqs, bool))
+    return DeviceState(cache, slots), StepOutput(token_ids, is_finite, None, None)
+
+
+def run_forward(
+    params: Params,
+    cache: KVCache,
+    slots: SlotState,
+    packed: NDArray[np.int32],
+    *,
+    layout: StepLayout,
+    kind: StepKind,
+    config: EngineConfig,
+) -> tuple[KVCache, Forwarded]:
+    """The forward pass, and the scores of prompt tokens where they are asked for."""
+    step = resolve_tokens(slots, _unpack(packed, layout))
+    hidden, cache = forward(params, cache, step, config.model)
     scores = None
     if kind is StepKind.SCORE:
         with jax.named_scope("score"):
@@ -220,7 +281,31 @@ def run_step(
                 step.targets,
                 slice_len=SCORE_ROWS,
             )
-    return DeviceState(cache, remember_tokens(slots, step, token_ids)), StepOutput(token_ids, is_finite, logprobs, scores)
+    return cache, Forwarded(_pad_rows(hidden[step.sample_at]), scores)
+
+
+def run_choice(
+    params: Params,
+    slots: SlotState,
+    rows: Any,
+    packed: NDArray[np.int32],
+    is_dropped: Any,
+    *,
+    layout: StepLayout,
+    config: EngineConfig,
+) -> tuple[SlotState, Chosen]:
+    """A token for every row that wants one and is not dropped; what a dropped row computed counts as if it had not been."""
+    step = resolve_tokens(slots, _unpack(packed, layout))
+    slots = count_tokens(slots, step, is_dropped=is_dropped)
+    with jax.named_scope("sample"):
+        knobs = jax.tree.map(_pad_rows, Knobs.of(step))
+        chosen = map_rows(lambda x, knobs: _choose(params, slots, x, knobs, config=config), step.counts[1], rows, knobs)
+        token_ids, is_finite, logprobs = jax.tree.map(lambda field: field[: layout.num_seqs], chosen)
+    return remember_tokens(slots, step, token_ids, is_dropped=is_dropped), Chosen(token_ids, is_finite, logprobs)
+
+
+def _unpack(packed: NDArray[np.int32], layout: StepLayout) -> StepInput:
+    return layout.unpack(packed, lambda bits: jax.lax.bitcast_convert_type(bits, jnp.float32))
 
 
 def num_top(config: EngineConfig) -> int:
@@ -228,18 +313,15 @@ def num_top(config: EngineConfig) -> int:
     return min(max(config.max_logprobs, 1), config.model.vocab_size)
 
 
-def _choose(params: Params, slots: SlotState, x: Any, knobs: Knobs, *, kind: StepKind, config: EngineConfig) -> tuple[Any, Any, Any]:
+def _choose(params: Params, slots: SlotState, x: Any, knobs: Knobs, *, config: EngineConfig) -> tuple[Any, Any, Logprobs]:
     logits = logits_of(params, x, config.model)
-    is_finite = jnp.all(jnp.isfinite(logits), axis=-1)
-    if kind is StepKind.GREEDY:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32), is_finite, None
 
     def choose(logits: Any, knobs: Knobs) -> tuple[Any, Any, Any]:
         token_ids, is_sound = choose_tokens(logits, slots, knobs)
         return token_ids, is_sound, logprobs_of(logits, token_ids, num_top(config))
 
     token_ids, is_sound, logprobs = tiles.in_slices(choose, logits, knobs, slice_len=_choose_rows(config.model.vocab_size))
-    return token_ids, is_finite & is_sound, logprobs
+    return token_ids, jnp.all(jnp.isfinite(logits), axis=-1) & is_sound, logprobs
 
 
 def _choose_rows(vocab_size: int) -> int:
@@ -248,7 +330,10 @@ def _choose_rows(vocab_size: int) -> int:
     return 1 << (num_rows.bit_length() - 1)
 
 
-def _pad_rows(field: Any) -> Any:
+def num_padded_rows(num_rows: int) -> int:
     """Up to whole tiles, at least two: XLA drops the loop over a single one, and then rounds differently and sorts for the top entries."""
-    num_rows = max(2 * TILE, field.shape[0] + -field.shape[0] % TILE)
-    return jnp.pad(field, [(0, num_rows - field.shape[0])] + [(0, 0)] * (field.ndim - 1))
+    return max(2 * TILE, num_rows + -num_rows % TILE)
+
+
+def _pad_rows(field: Any) -> Any:
+    return jnp.pad(field, [(0, num_padded_rows(field.shape[0]) - field.shape[0])] + [(0, 0)] * (field.ndim - 1))

@@ -1,4 +1,5 @@
-"""ModelRunner: the weights and the device state, and the calls of the compiled steps. Launching and collecting a step are two calls.
+"""ModelRunner: the weights and the device state, and the calls of the compiled steps. Launching a step, choosing its tokens and
+collecting them are three calls.
 
 The one place that talks to the device. Cache and slot state are donated to every step and replaced by what it returns; a step that
 failed has lost them, and so the runner with it. What it calls was compiled before, see `engine/programs.py`.
@@ -8,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,14 @@ def empty_state(config: EngineConfig, mesh: Mesh) -> DeviceState:
     shapes = state_shapes(config, mesh)
     shardings = jax.tree.map(lambda field: field.sharding, shapes)
     return jax.jit(lambda: jax.tree.map(lambda field: jnp.zeros(field.shape, field.dtype), shapes), out_shardings=shardings)()
+
+
+class Launched(NamedTuple):
+    """A step whose tokens are not chosen yet, or were as part of it."""
+
+    batch: Batch
+    rows: Any  # what the choice starts from; None where it is made already
+    output: StepOutput
 
 
 class ModelRunner:
@@ -56,7 +65,7 @@ class ModelRunner:
         step.tile_ends[:num_tiles] = TILE
         start = time.monotonic()
         batch = Batch(layout=layout, kind=StepKind.SCORE, packed=packed, items=(), num_sampled=0, token_starts=())
-        self.collect(self.launch(batch))
+        self.collect(self.choose(self.launch(batch)))
         return time.monotonic() - start
 
     def reset_slot(
@@ -90,12 +99,31 @@ class ModelRunner:
             entered = self._programs.write_masks(self._state.slots.masks, slots, words)
             self._state = DeviceState(self._state.cache, replace(self._state.slots, masks=entered))
 
-    def launch(self, batch: Batch) -> StepOutput:
-        """Start a step, and the copying of its result to the host as soon as it is there; returns arrays still being computed."""
-        self._state, output = self._programs.steps[batch.layout, batch.kind](self.params, self._state, batch.packed)
-        for array in jax.tree.leaves(output):
-            array.copy_to_host_async()
-        return output
+    def launch(self, batch: Batch) -> Launched:
+        """Start a step up to its choice of tokens, which is `choose`; returns arrays still being computed."""
+        if batch.kind is StepKind.GREEDY:
+            self._state, output = self._programs.greedy_steps[batch.layout](self.params, self._state, batch.packed)
+            return Launched(batch, None, _copied(output))
+        forward = self._programs.forwards[batch.layout, batch.kind]
+        cache, (rows, scores) = forward(self.params, self._state.cache, self._state.slots, batch.packed)
+        self._state = DeviceState(cache, self._state.slots)
+        return Launched(batch, rows, StepOutput(None, None, None, _copied(scores)))
+
+    def choose(self, launched: Launched, *, dropped: Sequence[int] = ()) -> StepOutput:
+        """Let the rows of a launched step choose, but for the dropped ones; copies to the host begin as soon as results are there.
+
+        A dropped row's result means nothing, and nothing that it computed is remembered but its keys and values.
+        """
+        batch, rows, output = launched
+        if rows is None:
+            return output
+        is_dropped = np.zeros(batch.layout.num_seqs, bool)
+        is_dropped[list(dropped)] = True
+        choice = self._programs.choices[batch.layout]
+        slots, chosen = choice(self.params, self._state.slots, rows, batch.packed, is_dropped)
+        self._state = DeviceState(self._state.cache, slots)
+        token_ids, is_finite, logprobs = _copied(chosen)
+        return StepOutput(token_ids, is_finite, logprobs, output.scores)
 
     def collect(self, output: StepOutput) -> StepOutput:
         """Wait for a launched step and bring its result to the host as NumPy arrays."""
@@ -112,3 +140,10 @@ class ModelRunner:
     def _count_late_compilation(self, event: str, duration_secs: float, **_: str | int) -> None:  # noqa: ARG002
         if event.endswith("backend_compile_duration"):
             self.num_late_compilations += 1
+
+
+def _copied(output: Any) -> Any:
+    """The same arrays, on their way to the host."""
+    for array in jax.tree.leaves(output):
+        array.copy_to_host_async()
+    return output

@@ -114,17 +114,17 @@ def resolve_tokens(state: SlotState, step: StepInput) -> StepInput:
     return step._replace(token_ids=jnp.where(step.token_ids < 0, pending, step.token_ids))
 
 
-def remember_tokens(state: SlotState, step: StepInput, token_ids: Int32[Array, "s"]) -> SlotState:
+def remember_tokens(state: SlotState, step: StepInput, token_ids: Int32[Array, "s"], *, is_dropped: Bool[Array, "s"]) -> SlotState:
     """Keep what the step's rows chose, for the next step to start from."""
-    chooses = jnp.arange(step.slots.shape[0], dtype=jnp.int32) < step.counts[1]
+    chooses = (jnp.arange(step.slots.shape[0], dtype=jnp.int32) < step.counts[1]) & ~is_dropped
     slots = jnp.where(chooses, step.slots, state.last_tokens.shape[0])
     return replace(state, last_tokens=state.last_tokens.at[slots].set(token_ids, mode="drop"))
 
 
-def count_tokens(state: SlotState, step: StepInput) -> SlotState:
+def count_tokens(state: SlotState, step: StepInput, *, is_dropped: Bool[Array, "s"]) -> SlotState:
     """Enter the step's own tokens, which are the newest of their sequences."""
     num_slots = state.bias.shape[0]
-    is_real = jnp.arange(step.token_ids.shape[0], dtype=jnp.int32) < step.counts[0]
+    is_real = (jnp.arange(step.token_ids.shape[0], dtype=jnp.int32) < step.counts[0]) & ~is_dropped[step.token_rows]
     slots = jnp.where(is_real, step.slots[step.token_rows], num_slots)
     is_output = step.is_output > 0
     return replace(

@@ -55,11 +55,14 @@ class ScriptedOutput(NamedTuple):
     scores: ScriptedLogprobs | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Launched:
-    """What `launch` returns: the result is not the host's yet."""
+    """What `launch` returns: the result is not there before `choose`, and not the host's before `collect`."""
 
-    _output: ScriptedOutput
+    batch: Batch
+    step: StepInput
+    slots: "list[Slot]"
+    output: ScriptedOutput | None = None
 
 
 def extend(context: int, token: int) -> int:
@@ -275,14 +278,27 @@ class ScriptedRunner:
             self._write(step, batch, row, slot)
         for row, slot in enumerate(slots):
             self._read(step, batch, row, slot)
-        launched = Launched(self._choose(step, batch, slots))
+        launched = Launched(batch, step, slots)
+        assert all(each.output is not None for each in self._in_flight), "a step is launched before the last one chose"
         self.num_ahead += bool(self._in_flight)
         self._in_flight.append(launched)
         return launched
 
+    def choose(self, launched: Launched, *, dropped: Collection[int] = ()) -> Launched:
+        """The rows' tokens, but for the dropped ones, whose step has to come again."""
+        assert launched is self._in_flight[-1]
+        assert launched.output is None, "a step chooses twice"
+        for row in dropped:
+            item, slot = launched.batch.items[row], launched.slots[row]
+            assert item.chooses_token
+            slot.next_position = item.start
+        launched.output = self._choose(launched.step, launched.batch, launched.slots, dropped)
+        return launched
+
     def collect(self, output: Launched) -> ScriptedOutput:
         assert output is self._in_flight.popleft(), "steps are collected in the order of their launches"
-        return output._output
+        assert output.output is not None
+        return output.output
 
     def _slot_of(self, item: ScheduledTokens) -> Slot:
         """The slot of a row, which belongs to its sequence from the first step after the reset on."""
@@ -342,12 +358,14 @@ class ScriptedRunner:
             if found[: len(wanted)] != wanted:
                 raise AssertionError(f"block {block} does not hold tokens {start}... of request {item.sequence.request.request_id}")
 
-    def _choose(self, step: StepInput, batch: Batch, slots: list[Slot]) -> ScriptedOutput:
+    def _choose(self, step: StepInput, batch: Batch, slots: list[Slot], dropped: Collection[int]) -> ScriptedOutput:
         """Count the row's tokens for the penalties, then choose the next ones and score what is asked."""
         num_rows, is_greedy = batch.layout.num_seqs, batch.kind is StepKind.GREEDY
         token_ids, is_finite = np.zeros(num_rows, np.int32), np.ones(num_rows, bool)
         logprobs = None if is_greedy else empty_logprobs(num_rows)
         for row, (item, slot) in enumerate(zip(batch.items, slots, strict=True)):
+            if row in dropped:
+                continue
             end, num_prompt = item.start + item.num_tokens, item.sequence.num_prompt_tokens
             if not is_greedy:
                 slot.prompt += slot.tokens[item.start : min(end, num_prompt)]

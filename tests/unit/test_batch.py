@@ -31,11 +31,16 @@ def sequence_of(
     slot: int | None = 0,
     sampling: SamplingParams | None = None,
     choice: int = 0,
+    grammar: str | None = None,
 ) -> Sequence:
     """A running sequence whose tokens are 10, 11, 12 and so on."""
     tokens = list(range(10, 10 + num_prompt + num_output))
     request = GenerationRequest(
-        request_id="r", prompt_token_ids=tuple(tokens[:num_prompt]), sampling=sampling or SamplingParams(temperature=0.0), choice=choice
+        request_id="r",
+        prompt_token_ids=tuple(tokens[:num_prompt]),
+        sampling=sampling or SamplingParams(temperature=0.0),
+        choice=choice,
+        grammar=grammar,
     )
     sequence = Sequence(
         request=request,
@@ -288,6 +293,16 @@ def test_the_smallest_program_that_serves_every_row_is_chosen() -> None:
 )
 def test_whatever_changes_or_reports_a_choice_needs_the_sampling_program(sampling: SamplingParams) -> None:
     assert build((sequence_of(sampling=sampling), 3))[0].kind is StepKind.SAMPLE
+
+
+def test_a_row_is_masked_where_a_grammar_or_a_list_of_tokens_limits_its_choice() -> None:
+    some, banned = SamplingParams(temperature=0.0, allowed_token_ids=(5,)), SamplingParams(temperature=0.0, bad_words=((5, 6),))
+    limited = sequence_of(grammar="any"), sequence_of(slot=1), sequence_of(slot=2, sampling=some), sequence_of(slot=3, sampling=banned)
+
+    batch, step = build(*((sequence, 3) for sequence in limited))
+
+    assert batch.kind is StepKind.SAMPLE
+    assert step.is_masked[:4].tolist() == [1, 0, 1, 1]
 
 
 def test_a_prompt_that_is_read_again_is_not_scored_again() -> None:
