@@ -47,6 +47,13 @@ def check_every_form_of_content_is_taken():
     assert answer.type == "message"
 
 
+def check_no_tokens_at_all_warm_the_cache():
+    answer = sdk.messages.create(model=MODEL, messages=QUESTION, max_tokens=0)
+
+    assert answer.stop_reason == "max_tokens"
+    assert answer.usage.output_tokens == 0
+
+
 def check_a_stop_sequence_is_named():
     answer = sdk.messages.create(model=MODEL, messages=QUESTION, max_tokens=200, stop_sequences=["a", "e", "i", "o", "u", " "])
 
@@ -139,7 +146,7 @@ def check_parse_gives_an_object_of_the_model_asked_for():
 
 
 def check_a_wrong_value_is_a_bad_request_in_anthropics_form():
-    error = _refusal(model=MODEL, messages=QUESTION, max_tokens=0)
+    error = _refusal(model=MODEL, messages=QUESTION, max_tokens=-1)
 
     assert isinstance(error, anthropic.BadRequestError)
     assert error.type == "invalid_request_error"
