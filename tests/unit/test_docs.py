@@ -14,9 +14,17 @@ from server.console import readable_number
 from server.conversation import MAX_TOOLS
 from server.limits import Limits
 from server.observability import Metrics
+from server.routes.responses import MAX_PAGE
 from server.schemas.chat import ChatRequest, ConversationFields
-from server.schemas.common import MAX_PRIORITY
+from server.schemas.common import MAX_PRIORITY, SamplingFields
 from server.schemas.completions import CompletionRequest
+from server.schemas.messages import MessagesRequest
+from server.schemas.responses import (
+    MAX_METADATA_KEY_CHARS,
+    MAX_METADATA_PAIRS,
+    MAX_METADATA_VALUE_CHARS,
+    ResponsesRequest,
+)
 from server.schemas.tokens import DetokenizeRequest, TokenizeRequest
 from server.settings import Settings, limits_by_setting
 from server.watchdog import START_SILENCE_S, STEPS_PER_TIMEOUT
@@ -107,6 +115,36 @@ def test_the_table_of_chat_gives_plain_defaults_and_limits_as_they_are():
 
 def test_the_chapter_on_chat_names_every_field_that_is_refused():
     assert [name for name in ChatRequest.refused_fields if f"`{name}`" not in API] == []
+
+
+@pytest.mark.parametrize(("heading", "wire"), [("Responses", ResponsesRequest), ("Messages", MessagesRequest)])
+def test_the_tables_of_responses_and_messages_have_the_fields_that_differ_from_those_of_completions(
+    heading: str, wire: type[SamplingFields]
+):
+    documented = {row[0].strip("`"): row for row in rows(API, heading)}
+    differing = {
+        field.alias or name: field
+        for name, field in wire.model_fields.items()
+        if name not in CompletionRequest.model_fields or repr(field) != repr(CompletionRequest.model_fields[name])
+    }
+
+    assert {*documented} == {*differing}
+    for name, field in differing.items():
+        if isinstance(field.default, bool | int | float) or field.is_required():
+            assert documented[name][1] == ("required" if field.is_required() else str(field.default).lower()), name
+    assert [name for name in wire.refused_fields if f"`{name}`" not in API] == []
+
+
+def test_the_documents_give_the_bounds_of_conversations_and_of_what_is_kept_as_they_are():
+    limits = Limits()
+
+    assert API.count(f"list of 1 to {limits.max_messages:,} messages") == 2
+    assert API.count(f"list of up to {MAX_TOOLS} ") == 3
+    assert f"{limits.max_stored_responses:,} of up to {limits.max_stored_bytes:,} bytes" in API
+    assert (
+        f"up to {MAX_METADATA_PAIRS} strings of up to {MAX_METADATA_VALUE_CHARS} characters, names of up to {MAX_METADATA_KEY_CHARS}" in API
+    )
+    assert f"`limit` 1 to {MAX_PAGE}" in API
 
 
 def test_every_setting_in_the_operations_guide_exists():
