@@ -1,10 +1,10 @@
 """Anthropic's `Message`, whole or as the events that build it; both of the same content blocks."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import msgspec
-from pydantic_core import from_json
+from pydantic import TypeAdapter, ValidationError
 
 from engine.output import GenerationChunk
 from engine.types import FinishReason, GenerationRequest
@@ -17,6 +17,8 @@ from server.schemas.messages import ContentBlock, Message, MessageUsage, TextBlo
 from server.services import Services
 from server.streaming import event
 from server.tools import ArgumentsPart, CallPart, Part, TextPart, ToolCallReader
+
+_object = TypeAdapter(dict[str, Any])
 
 
 class MessageAnswer(Answer):
@@ -141,7 +143,6 @@ def _event(kind: str, **fields: Any) -> bytes:
 def _input_of(arguments: str) -> dict[str, Any]:
     """Arguments as an object; of those that were cut short, what is there."""
     try:
-        found = from_json(arguments, allow_partial="trailing-strings")
-    except ValueError:
+        return _object.validate_json(arguments, experimental_allow_partial="trailing-strings")
+    except ValidationError:
         return {}
-    return cast("dict[str, Any]", found) if isinstance(found, dict) else {}

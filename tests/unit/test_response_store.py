@@ -80,7 +80,7 @@ def test_a_store_without_room_keeps_nothing(caps: dict[str, int]):
     assert (store.num_responses, store.num_bytes) == (0, 0)
 
 
-def test_nobody_sees_or_deletes_what_is_anothers():
+def test_nobody_sees_or_deletes_what_belongs_to_another():
     store = ResponseStore(max_responses=10, max_bytes=1000)
     store.put(response("a"), tenant="alice")
 
