@@ -20,6 +20,10 @@ RETRY_S = 1.0  # between two looks at a server that still loads its model
 MAX_SHOWN_BYTES = 64 * 1024  # of an answer that is not what was asked for
 
 _HINTS = {401: "; name a key with --api-key or GROK_SERVER_API_KEY", 429: "; try again in a while"}
+# A terminal takes control characters for orders: they are shown as their pictures, those without one as U+FFFD.
+_HARMLESS = (
+    {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
+)
 _NOT_YET = frozenset({"model_loading", "engine_restarting"})
 
 
@@ -27,7 +31,7 @@ class RemoteError(EngineError):
     """The server did not answer, or not with text. `exit_status` is 2 where the user can help it, 1 where not."""
 
     def __init__(self, message: str, *, exit_status: int = 2, code: str | None = None) -> None:
-        super().__init__(message)
+        super().__init__(harmless(message))
         self.exit_status = exit_status
         self.code = code  # the server's own word for it
 
@@ -113,6 +117,11 @@ class Remote:
                 return RemoteError(message + hint, exit_status=1 if status >= 500 else 2, code=str(code))
             case _:
                 return RemoteError(f"{self.url} answered {status}, not as this program's server would; name another with --url")
+
+
+def harmless(text: str) -> str:
+    """What a server said, for a terminal."""
+    return text.translate(_HARMLESS)
 
 
 def _parsed(content: bytes) -> Any:

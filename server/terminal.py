@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 from server.own_server import OwnServer
-from server.remote import Remote, RemoteError
+from server.remote import Remote, RemoteError, harmless
 from server.settings import ENV_PREFIX
 
 USUAL_PORT = 8000
@@ -28,11 +28,6 @@ MAX_HISTORY_LINES = 1000
 INTERRUPTED = 128 + signal.SIGINT
 READER_GONE = 128 + signal.SIGPIPE
 HELP = "/clear forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer, /help shows this."
-
-# A terminal takes control characters for orders: they are shown as their pictures, those without one as U+FFFD.
-_HARMLESS = (
-    {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +60,8 @@ def chat(asked: Asked, *, system: str | None) -> int:
     """Talk until the user leaves; where no user sits at a terminal, answer what is piped in. Otherwise like `complete`."""
     is_interactive = sys.stdin.isatty() and sys.stdout.isatty()
     message = None if is_interactive else read_stdin()
+    if message is not None and not message.strip():
+        raise RemoteError("there is nothing to answer: stdin is empty; pipe a message in, or chat at a terminal")
 
     def run() -> int:
         with reached(asked) as (remote, fields):
@@ -88,7 +85,7 @@ class Screen:
 
     def write(self, text: str) -> None:
         if text:
-            sys.stdout.write(text.translate(_HARMLESS) if self.is_terminal else text)
+            sys.stdout.write(harmless(text) if self.is_terminal else text)
             sys.stdout.flush()
             self._is_line_open = not text.endswith("\n")
 

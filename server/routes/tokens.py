@@ -23,6 +23,7 @@ from server.preprocess import INLINE_CHARS, prompt_ids, read_body
 from server.schemas.common import json_answer, json_request
 from server.schemas.tokens import Detokenized, DetokenizeRequest, TokenFields, Tokenized, TokenizeRequest, TokenizerInfo
 from server.services import FromApp, Services
+from server.streaming import unless_disconnected
 
 router = APIRouter()
 
@@ -60,7 +61,7 @@ async def tokenize(request: Request, services: FromApp) -> Response:
         )
 
     size = sum(len(run) for run in runs if isinstance(run, str))
-    return await _answer(encode, size=size, unknown_fields=body.unknown_fields, services=services)
+    return await _answer(request, encode, size=size, unknown_fields=body.unknown_fields, services=services)
 
 
 @router.post("/detokenize", openapi_extra=json_request(DetokenizeRequest), responses=json_answer(Detokenized))
@@ -73,7 +74,7 @@ async def detokenize(request: Request, services: FromApp) -> Response:
     def decode() -> Detokenized:
         return Detokenized(prompt=tokenizer.decode(body.tokens))
 
-    return await _answer(decode, size=len(body.tokens), unknown_fields=body.unknown_fields, services=services)
+    return await _answer(request, decode, size=len(body.tokens), unknown_fields=body.unknown_fields, services=services)
 
 
 @router.get("/tokenizer_info", responses=json_answer(TokenizerInfo))
@@ -118,12 +119,17 @@ async def _read(request: Request, wire: type[_Wire], services: Services) -> _Wir
     return body
 
 
-async def _answer(make: Callable[[], msgspec.Struct], *, size: int, unknown_fields: tuple[str, ...], services: Services) -> Response:
-    """Make and encode; in a thread where it is more than `INLINE_CHARS` characters or ids."""
+async def _answer(
+    request: Request, make: Callable[[], msgspec.Struct], *, size: int, unknown_fields: tuple[str, ...], services: Services
+) -> Response:
+    """Make and encode; where it is more than `INLINE_CHARS` characters or ids, in a thread, unless the client leaves before its turn."""
 
     def content() -> bytes:
         return msgspec.json.encode(make())
 
-    made = content() if size <= INLINE_CHARS else await asyncio.get_running_loop().run_in_executor(_threads, content)
+    async def content_from_thread() -> bytes:
+        return await asyncio.get_running_loop().run_in_executor(_threads, content)
+
+    made = content() if size <= INLINE_CHARS else await unless_disconnected(request.receive, content_from_thread())
     headers = ignored_fields_header(unknown_fields, limit=services.limits.max_ignored_fields)
     return Response(made, media_type="application/json", headers=headers)

@@ -33,7 +33,7 @@ class PseudoTerminal:
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
 
-    def wait_for(self, text: str, *, within_s: float = 20.0) -> str:
+    def wait_for(self, text: str, *, within_s: float = 60.0) -> str:
         """What was shown since the last look, up to and with `text`."""
         give_up = time.monotonic() + within_s
         while (found := self.shown.find(text, self._num_seen)) < 0:
@@ -47,7 +47,7 @@ class PseudoTerminal:
     def type(self, keys: str) -> None:
         os.write(self._keyboard, keys.encode())
 
-    def wait(self, *, within_s: float = 20.0) -> int:
+    def wait(self, *, within_s: float = 60.0) -> int:
         """Its exit status."""
         status = self.process.wait(timeout=within_s)
         self._reader.join()
