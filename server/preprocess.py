@@ -217,12 +217,14 @@ def _max_tokens(plan: GenerationPlan, *, prompt_len: int, info: EngineInfo) -> i
         wanted = max(default, plan.sampling.min_tokens, 1)
     if wanted > room:
         raise ContextLengthExceeded(
-            f"the prompt is {prompt_len:,} tokens and {shown(wanted)} more are asked for, {_what_takes(limit, info=info)} together; "
-            f"shorten the prompt or lower {plan.max_tokens_param}",
+            f"the prompt is too long: {_what_fits(limit, info=info)}, the prompt has {prompt_len:,} and "
+            f"{shown(wanted)} more are asked for; shorten the prompt or lower {plan.max_tokens_param}",
             param=plan.prompt_param if room < 0 else plan.max_tokens_param,
         )
     return wanted
 
 
-def _what_takes(limit: int, *, info: EngineInfo) -> str:
-    return f"the model takes {limit:,}" if limit == info.max_model_len else f"the whole cache holds {limit:,}"
+def _what_fits(limit: int, *, info: EngineInfo) -> str:
+    """In the words by which LiteLLM (and LangChain, by those before them) knows an overflow: neither looks at the code."""
+    fits = f"this model's maximum context length is {limit:,} tokens"
+    return fits if limit == info.max_model_len else f"{fits} (the whole cache holds {limit:,})"

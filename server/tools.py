@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
 
-from server.conversation import Conversation, Tool
+from server.conversation import Conversation, Tool, ToolChoice
 
 BEGIN, END = "<tool_call>", "</tool_call>"
 _BEFORE_NAME, _BEFORE_ARGUMENTS, _AFTER_ARGUMENTS = '{"name": "', '", "arguments": ', "}" + END
@@ -214,7 +214,8 @@ def tools_grammar(conversation: Conversation, *, text_grammar: str | None = None
     tools = conversation.callable_tools
     if not tools:
         return text_grammar
-    calls = 'call ("\\n" call)*' if conversation.parallel_tool_calls else "call"
+    may_repeat = conversation.parallel_tool_calls and isinstance(conversation.tool_choice, ToolChoice)  # a named tool is called once
+    calls = 'call ("\\n" call)*' if may_repeat else "call"
     grammars: list[dict[str, Any]] = []
     if conversation.must_call:
         lines = [f"start: / ?/ {calls}"]

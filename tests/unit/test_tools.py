@@ -80,11 +80,12 @@ def test_without_parallel_calls_there_is_one():
         assert not takes(one, f"{ROME}\n{NOW}")
 
 
-def test_a_named_tool_is_the_only_one():
+def test_a_named_tool_is_the_only_one_and_called_once():
     named = grammar(WEATHER, CLOCK, tool_choice="get_time")
 
     assert takes(named, NOW)
     assert not takes(named, ROME)
+    assert not takes(named, f"{NOW}\n{NOW}")
 
 
 def test_a_free_answer_is_text_that_may_end_in_calls():
