@@ -5,8 +5,8 @@ gigabytes at once, or recurse until the stack ends. Here either is the end of a 
 grammar has taken its time of the processor or its share of memory; how it ended is the verdict. What compiles also has to give its first
 masks, along one random text, because much of the work is put off until then.
 
-The stack is half of what the engine has, so what passes here does not end the engine. The process runs at low priority, and ends with the
-connection or with its parent.
+The stack is half of the least that the engine's threads have (2 MiB, where the system's own limit is none), so what passes here does not
+end the engine. The process runs at low priority, and ends with the connection or with its parent.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from engine.grammar import GrammarMatcher, GrammarTokenizer
 from server.grammar_messages import HEADER, MAX_REASON_CHARS, Answer, frame, payload_len
 
 NUM_WALK_STEPS = 16
-STACK_BYTES = 4 * 2**20
+STACK_BYTES = 2**20
 NICENESS = 5
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 

@@ -58,7 +58,7 @@ HOSTILE = {  # with what the reason says
     "nested ebnf": ("root ::= " + "(" * 100_000, "nests too deeply"),
     "nested regex": (LLMatcher.grammar_from_regex("(" * 5000 + "a" + ")" * 5000), "regex"),
     "nested lark": ("start: " + "(" * 20_000 + '"a"' + ")" * 20_000, "too deeply nested"),
-    "properties": (json_of({"type": "object", "properties": {f"p{index}": {"type": "string"} for index in range(5000)}}), "too big"),
+    "properties": (json_of({"type": "object", "properties": {f"p{index}": {"type": "string"} for index in range(1600)}}), "row"),
     "alternatives": ("start: " + " | ".join(f"/w{index}[a-z]*/" for index in range(5000)), "row"),
     "doubling rules": ("start: r0\n" + "".join(f"r{index}: r{index + 1} r{index + 1}\n" for index in range(40)) + 'r40: "x"', "Too many"),
     "doubling terminals": (
@@ -71,7 +71,7 @@ HOSTILE = {  # with what the reason says
 
 ONLY_LOOKS_HOSTILE = {  # llguidance repeats without unrolling
     "repeated regex": LLMatcher.grammar_from_regex("((a{1,100}){1,100}){1,100}"),
-    "references": chained(doubled, length=30),
+    "references": chained(doubled, length=100),
     "conjunctions of references": chained(lambda reference: {"allOf": [{"$ref": reference}, {"$ref": reference}]}, length=20),
     "enum": json_of({"enum": [f"v{index}" for index in range(10_000)]}),
     "choices": choice_grammar(f"c{index}" for index in range(10_000)),
@@ -110,15 +110,15 @@ async def reason(check: GrammarCheck, grammar: str, *, tenant: str = "") -> str:
 
 @asynccontextmanager
 async def no_stall() -> AsyncIterator[None]:
-    """The event loop comes round all the time."""
+    """The event loop comes round all the time: its thread never works long at a stretch, however busy the machine is."""
     longest_s = 0.0
 
     async def watch() -> None:
         nonlocal longest_s
         while True:
-            before_s = time.perf_counter()
+            before_s = time.thread_time()
             await asyncio.sleep(0.002)
-            longest_s = max(longest_s, time.perf_counter() - before_s)
+            longest_s = max(longest_s, time.thread_time() - before_s)
 
     watching = asyncio.create_task(watch())
     try:
