@@ -44,6 +44,8 @@ class Remote:
         host = _host_of(url)
         if host is None:
             raise RemoteError(f"--url: {url!r} is no address of a server; it looks like http://127.0.0.1:8000")
+        if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
+            raise RemoteError("--api-key: a key is printable ASCII, and this one is not")
         self.url = url.rstrip("/").removesuffix("/v1")
         self._is_local = _is_loopback(host)
         self._headers = {"accept-encoding": "identity"} | ({"authorization": f"Bearer {api_key}"} if api_key else {})
@@ -69,6 +71,8 @@ class Remote:
                 self._answer(client, path, {**fields, "stream": True}) as response,
             ):
                 yield from self._read(response)
+        except UnicodeEncodeError:
+            raise RemoteError("what was typed is no UTF-8 text, so that no server can be told") from None
         except httpx.ConnectError as error:
             raise RemoteError(
                 f"no server answers at {self.url} ({_reason(error)}); start one with `grok-server serve`, or name another with --url"

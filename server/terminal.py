@@ -204,6 +204,8 @@ def read_stdin() -> str:
 def lines_with_history() -> Iterator[str | None]:
     """What the user types, until Ctrl-D; None for Ctrl-C. Lines can be edited, and those of earlier conversations be had again."""
     keep = _line_editing()
+    if reconfigure := getattr(sys.stdin, "reconfigure", None):
+        reconfigure(errors="replace")  # a terminal may be set to another encoding
     while True:
         try:
             line = input("> ")

@@ -262,6 +262,30 @@ def test_what_is_no_prompt_is_told_before_any_server_is_asked(arguments: tuple[s
     assert told in one_line_of(result)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [(("\udcff",), "no UTF-8 text"), (("x", "--api-key", "ключ"), "--api-key"), (("x", "--api-key", "a\nb"), "--api-key")],
+)
+def test_what_no_request_can_carry_is_one_line_and_status_2(arguments: tuple[str, ...], told: str):
+    with scripted() as (server, url):
+        result = run("complete", *arguments, "--url", url, PYTHONUTF8="1")
+
+    assert result.returncode == 2
+    assert told in one_line_of(result)
+    assert server.bodies == []
+
+
+def test_keys_that_are_no_character_of_the_terminal_do_not_end_a_chat():
+    with scripted(chunks=[chat_event("Fine."), DONE]) as (server, url), chatting(url) as terminal:
+        os.write(terminal.keyboard, b"a\xff\n")
+        terminal.wait_for("Fine.")
+        terminal.wait_for("> ")
+        terminal.type(CTRL_D)
+
+        assert terminal.wait() == 0
+    assert server.bodies[0]["messages"][0]["content"] == "a\ufffd"
+
+
 def test_an_empty_message_is_one_line_and_status_2():
     result = run("chat", stdin="\n")
 

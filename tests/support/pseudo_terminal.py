@@ -19,7 +19,7 @@ class PseudoTerminal:
     """Runs `command` until it ends."""
 
     def __init__(self, *command: str, **environment: str) -> None:
-        self._keyboard, screen = pty.openpty()
+        self.keyboard, screen = pty.openpty()
         self.process = subprocess.Popen(
             [sys.executable, "-c", _LOGIN, *command],
             stdin=screen,
@@ -45,7 +45,7 @@ class PseudoTerminal:
         return seen
 
     def type(self, keys: str) -> None:
-        os.write(self._keyboard, keys.encode())
+        os.write(self.keyboard, keys.encode())
 
     def wait(self, *, within_s: float = 60.0) -> int:
         """Its exit status."""
@@ -57,11 +57,11 @@ class PseudoTerminal:
         if self.process.poll() is None:
             self.process.kill()
         self.wait()
-        os.close(self._keyboard)
+        os.close(self.keyboard)
 
     def _read(self) -> None:
         with suppress(OSError):  # how a terminal says that nobody has it open any more
-            while chunk := os.read(self._keyboard, 4096):
+            while chunk := os.read(self.keyboard, 4096):
                 self.shown += chunk.decode(errors="replace")
 
 
