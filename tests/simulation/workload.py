@@ -160,6 +160,10 @@ class Workload:
             knobs |= {"logit_bias": {rng.randrange(VOCAB_SIZE - 1): 2.0}, "min_tokens": rng.randrange(4)}
         if rng.random() < 0.15:
             knobs |= {"stop_token_ids": tuple(rng.randrange(3, VOCAB_SIZE - 1) for _ in range(8))}
+        if rng.random() < 0.15:
+            few = tuple(range(rng.randrange(3, 8), 12))
+            runs = tuple(tuple(rng.choice(few) for _ in range(rng.choice((1, 2, 2, 3)))) for _ in range(3))
+            knobs |= rng.choice(({"allowed_token_ids": few}, {"bad_words": runs}, {"allowed_token_ids": (*few, 20), "bad_words": runs}))
         if rng.random() < 0.2:
             knobs |= {"logprobs": rng.randrange(NUM_TOP + 1)}
         if rng.random() < self._scenario.scored_share:
