@@ -43,7 +43,7 @@ async def check_chat(body: ChatRequest, terms: Terms, services: Services) -> Con
         conversation=conversation,
         max_tokens=_max_tokens(body),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        text_grammar=output_grammar(body),
+        text_grammar=output_grammar(body, limits=terms.limits),
         variables=body.chat_template_kwargs,
     )
 

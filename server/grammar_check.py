@@ -25,6 +25,7 @@ from server.errors import InvalidRequest, Unavailable, shortened
 from server.grammar_messages import HEADER, Answer, frame, payload_len
 from server.grammar_queue import GrammarJob, GrammarQueue, QueueFullError
 from server.limits import Limits
+from server.structured_output import check_num_chars
 
 NUM_WORKERS = 2
 MAX_VERDICTS = 1024
@@ -81,11 +82,7 @@ class GrammarCheck:
         Raises `InvalidRequest` for `param` where it does not compile, or goes past a limit of size, time or memory; `Unavailable` where
         too many wait.
         """
-        if len(grammar) > self._limits.max_grammar_chars:
-            raise InvalidRequest(
-                f"{param or 'the grammar'} comes to {len(grammar):,} characters, the limit is {self._limits.max_grammar_chars:,}",
-                param=param,
-            )
+        check_num_chars(len(grammar), param=param, limits=self._limits)
         key = hashlib.sha256(grammar.encode(errors="replace")).digest()
         answer = self._verdicts.get(key) or await self._outcome(self._jobs.get(key) or self._ask(key, grammar, tenant=tenant))
         if answer.reason is not None:

@@ -99,7 +99,14 @@ def check_completion(body: CompletionRequest, terms: Terms) -> GenerationPlan:
             f"{len(body.prompt):,} prompts with {num_candidates} choices each exceed the limit of {terms.limits.max_sequences:,} sequences",
             param="best_of" if num_candidates > body.n else "n",
         )
-    plan = plan_of(body, terms, prompts=body.prompt, max_tokens=body.max_tokens, logprobs=body.logprobs, grammar=output_grammar(body))
+    plan = plan_of(
+        body,
+        terms,
+        prompts=body.prompt,
+        max_tokens=body.max_tokens,
+        logprobs=body.logprobs,
+        grammar=output_grammar(body, limits=terms.limits),
+    )
     ranks_candidates = num_candidates > body.n
     return replace(
         plan,

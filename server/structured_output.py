@@ -2,7 +2,7 @@
 
 `output_grammar` and `text_format_grammar` read the wire types of `server/schemas/structured.py`. They translate and do not judge: whether
 a grammar compiles, and at what cost, is found out by `server/grammar_check.py` in a process of its own. So nothing here does more than
-walk over the text once.
+walk over a text whose size is in bounds, once.
 
 JSON is written as `{"a": 1, "b": [1, 2]}`, with no other whitespace: where any is allowed, small models never stop writing it. Clients that
 name a `whitespace_pattern`, or disable whitespace, get that.
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 from llguidance import LLMatcher
 
 from server.errors import InvalidRequest, shown
+from server.limits import Limits
 from server.schemas.structured import ResponseFormat, StructuredFields, StructuredOutputs, TextFormat
 
 if TYPE_CHECKING:
@@ -32,38 +33,47 @@ class OutputGrammar:
     param: str  # the request's field that it is from
 
 
-def output_grammar(body: StructuredFields) -> OutputGrammar | None:
+def output_grammar(body: StructuredFields, *, limits: Limits) -> OutputGrammar | None:
     """The one grammar of a request; None where any text will do.
 
-    Raises `InvalidRequest` with the field for what is no schema or list of choices, and for more than one constraint.
+    Raises `InvalidRequest` with the field for what is no schema or too large, and for more than one constraint.
     """
     given = list(_constraints(body))
     if len(given) > 1:
         (name, _), (other, _) = given[:2]
         raise InvalidRequest(f"{name} and {other} both say what the text must look like; send only one of them", param=other)
     for name, value in given:
-        return OutputGrammar(text=_grammar(name, value, body), param=name)
+        return OutputGrammar(text=_grammar(name, value, body, limits=limits), param=name)
     return None
 
 
-def text_format_grammar(text_format: TextFormat, *, param: str = "text") -> OutputGrammar | None:
+def text_format_grammar(text_format: TextFormat, *, limits: Limits, param: str = "text") -> OutputGrammar | None:
     """The grammar of the Responses API's `text.format`, a part of the field `param`. Raises `InvalidRequest`."""
     match text_format.type:
         case "text":
             return None
         case "json_object":
-            return OutputGrammar(text=json_grammar(ANY_OBJECT, param=param), param=param)
+            return OutputGrammar(text=json_grammar(ANY_OBJECT, param=param, limits=limits), param=param)
         case "json_schema":
             if text_format.name is None or text_format.schema_ is None:
                 raise InvalidRequest(f"{param}.format: json_schema needs a name and a schema", param=param)
-            return OutputGrammar(text=json_grammar(text_format.schema_, param=param), param=param)
+            return OutputGrammar(text=json_grammar(text_format.schema_, param=param, limits=limits), param=param)
 
 
-def json_grammar(schema: Mapping[str, Any] | str, *, param: str, has_whitespace: bool = True, whitespace_pattern: str | None = None) -> str:
+def check_num_chars(num_chars: int, *, param: str | None, limits: Limits) -> None:
+    """Raises `InvalidRequest` for more than a grammar may have, in whatever form it is."""
+    if num_chars > limits.max_grammar_chars:
+        name = param or "the grammar"
+        raise InvalidRequest(f"{name} comes to {num_chars:,} characters, the limit is {limits.max_grammar_chars:,}", param=param)
+
+
+def json_grammar(
+    schema: Mapping[str, Any] | str, *, param: str, limits: Limits, has_whitespace: bool = True, whitespace_pattern: str | None = None
+) -> str:
     """llguidance's form of a JSON schema, given as an object or as its text.
 
     Without `has_whitespace` there is none at all; a `whitespace_pattern` says what may stand wherever JSON allows whitespace. Raises
-    `InvalidRequest` for what is no object.
+    `InvalidRequest` for what is no object, or too large.
     """
     is_compact = has_whitespace and whitespace_pattern is None
     options: JsonCompileOptions = {
@@ -77,6 +87,7 @@ def json_grammar(schema: Mapping[str, Any] | str, *, param: str, has_whitespace:
         options["whitespace_pattern"] = whitespace_pattern
     try:
         text = schema if isinstance(schema, str) else json.dumps(schema)
+        check_num_chars(len(text), param=param, limits=limits)
         return LLMatcher.grammar_from_json_schema(text, overrides=options)
     except (ValueError, RecursionError) as error:
         raise InvalidRequest(f"{param}: this is no JSON schema: {error}", param=param) from None
@@ -98,28 +109,28 @@ def _constraints(body: StructuredFields) -> Iterable[tuple[str, Any]]:
             yield name, value
 
 
-def _grammar(name: str, value: Any, body: StructuredFields) -> str:
+def _grammar(name: str, value: Any, body: StructuredFields, *, limits: Limits) -> str:
     match value:
         case ResponseFormat():
-            return _of_response_format(value)
+            return _of_response_format(value, limits=limits)
         case StructuredOutputs():
-            return _of_structured_outputs(value)
+            return _of_structured_outputs(value, limits=limits)
         case _:
             kind = name.removeprefix("guided_")
-            return _of_kind(kind, value, param=name, whitespace_pattern=body.guided_whitespace_pattern)
+            return _of_kind(kind, value, param=name, limits=limits, whitespace_pattern=body.guided_whitespace_pattern)
 
 
-def _of_response_format(value: ResponseFormat) -> str:
+def _of_response_format(value: ResponseFormat, *, limits: Limits) -> str:
     if value.type == "json_object":
-        return json_grammar(ANY_OBJECT, param="response_format")
+        return json_grammar(ANY_OBJECT, param="response_format", limits=limits)
     if value.json_schema is None:
         raise InvalidRequest(
             "response_format: type json_schema needs the field json_schema, with a name and a schema", param="response_format"
         )
-    return json_grammar(value.json_schema.schema_, param="response_format")
+    return json_grammar(value.json_schema.schema_, param="response_format", limits=limits)
 
 
-def _of_structured_outputs(value: StructuredOutputs) -> str:
+def _of_structured_outputs(value: StructuredOutputs, *, limits: Limits) -> str:
     param = "structured_outputs"
     if value.structural_tag is not None:
         raise InvalidRequest(f"{param}.structural_tag is not supported; use json or grammar", param=param)
@@ -140,21 +151,26 @@ def _of_structured_outputs(value: StructuredOutputs) -> str:
         raise InvalidRequest(f"{param} must have exactly one of {', '.join(kinds)}; found {found}", param=param)
     ((kind, content),) = given
     return _of_kind(
-        kind, content, param=param, has_whitespace=not value.disable_any_whitespace, whitespace_pattern=value.whitespace_pattern
+        kind,
+        content,
+        param=param,
+        limits=limits,
+        has_whitespace=not value.disable_any_whitespace,
+        whitespace_pattern=value.whitespace_pattern,
     )
 
 
-def _of_kind(kind: str, content: Any, *, param: str, has_whitespace: bool = True, whitespace_pattern: str | None = None) -> str:
-    match kind:
-        case "regex":
-            return LLMatcher.grammar_from_regex(content)
-        case "choice":
-            return choice_grammar(content)
-        case "grammar":
-            return _written_grammar(content, param=param)
-        case _:
-            schema = ANY_OBJECT if kind == "json_object" else cast("dict[str, Any] | str", content)
-            return json_grammar(schema, param=param, has_whitespace=has_whitespace, whitespace_pattern=whitespace_pattern)
+def _of_kind(
+    kind: str, content: Any, *, param: str, limits: Limits, has_whitespace: bool = True, whitespace_pattern: str | None = None
+) -> str:
+    if kind == "choice":
+        check_num_chars(sum(map(len, content)) + len(content), param=param, limits=limits)
+        return choice_grammar(content)
+    if kind in ("json", "json_object"):
+        schema = ANY_OBJECT if kind == "json_object" else cast("dict[str, Any] | str", content)
+        return json_grammar(schema, param=param, limits=limits, has_whitespace=has_whitespace, whitespace_pattern=whitespace_pattern)
+    check_num_chars(len(content), param=param, limits=limits)
+    return LLMatcher.grammar_from_regex(content) if kind == "regex" else _written_grammar(content, param=param)
 
 
 def _written_grammar(text: str, *, param: str) -> str:

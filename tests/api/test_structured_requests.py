@@ -59,7 +59,7 @@ async def test_a_request_without_a_form_has_no_grammar(http: httpx.AsyncClient, 
 
 @every_endpoint
 async def test_the_engine_gets_the_schemas_grammar(http: httpx.AsyncClient, engine: FakeEngineClient, path: str):
-    expected = json_grammar(SCHEMA, param="")
+    expected = json_grammar(SCHEMA, param="", limits=Limits())
 
     for fields in (
         {"response_format": RESPONSE_FORMAT},
@@ -128,7 +128,7 @@ async def test_deeply_nested_schemas_are_refused_whichever_way_they_come(http: h
 
 
 async def test_a_schema_at_the_cap_of_its_size_is_taken_and_one_past_it_is_not(http: httpx.AsyncClient):
-    room = Limits().max_grammar_chars - len(json_grammar({"description": ""}, param=""))
+    room = Limits().max_grammar_chars - len(json_grammar({"description": ""}, param="", limits=Limits()))
 
     taken = await asked(http, "/v1/completions", guided_json={"description": "x" * room})
     error = await refusal(http, "/v1/completions", guided_json={"description": "x" * (room + 1)})

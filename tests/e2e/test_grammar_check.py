@@ -29,7 +29,7 @@ MAX_STALL_S = 0.05
 
 
 def json_of(schema: dict[str, Any]) -> str:
-    return json_grammar(schema, param="response_format")
+    return json_grammar(schema, param="response_format", limits=Limits())
 
 
 def chained(link: Callable[[str], dict[str, Any]], *, length: int) -> str:

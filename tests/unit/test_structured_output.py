@@ -1,6 +1,7 @@
 """What a request says of the form of its text, as the texts that its grammar lets through."""
 
 import json
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -12,6 +13,7 @@ from engine.errors import GrammarError
 from engine.grammar import GrammarMatcher, GrammarTokenizer
 from server.errors import InvalidRequest
 from server.grammar_worker import judge
+from server.limits import Limits
 from server.schemas.structured import StructuredFields, TextFormat
 from server.structured_output import OutputGrammar, output_grammar, text_format_grammar
 
@@ -34,7 +36,7 @@ def grammar_tokenizer() -> GrammarTokenizer:
 
 def of(**fields: Any) -> OutputGrammar | None:
     """The grammar of a request with these fields, read as a body is."""
-    return output_grammar(StructuredFields.model_validate_json(json.dumps(fields)))
+    return output_grammar(StructuredFields.model_validate_json(json.dumps(fields)), limits=Limits())
 
 
 def lets_through(grammar: OutputGrammar | None, text: str) -> bool:
@@ -233,6 +235,26 @@ def test_a_wrong_type_is_the_fields_own(field: str, value: Any):
 
 
 @pytest.mark.parametrize(
+    ("field", "at_cap", "past_it"),
+    [
+        ("guided_json", {"title": "x" * 87}, {"title": "x" * 88}),
+        ("guided_json", json.dumps({"title": "x" * 87}), json.dumps({"title": "x" * 88})),
+        ("guided_regex", "x" * 100, "x" * 101),
+        ("guided_grammar", 'start: "a"'.ljust(100), 'start: "a"'.ljust(101)),
+        ("guided_choice", ["x" * 48, "y" * 50], ["x" * 49, "y" * 50]),
+    ],
+)
+def test_what_is_too_large_is_refused_before_it_is_translated(field: str, at_cap: Any, past_it: Any):
+    limits = replace(Limits(), max_grammar_chars=100)
+    small, large = (StructuredFields.model_validate_json(json.dumps({field: value})) for value in (at_cap, past_it))
+
+    assert output_grammar(small, limits=limits) is not None
+    with pytest.raises(InvalidRequest, match="101 characters, the limit is 100") as refused:
+        output_grammar(large, limits=limits)
+    assert refused.value.param == field
+
+
+@pytest.mark.parametrize(
     "schema",
     [
         {"type": "nonsense"},
@@ -268,7 +290,7 @@ def test_branches_of_oneof_that_no_value_shares_are_followed_and_others_told_wha
 
 def test_the_responses_api_says_the_same_flat():
     def format_of(**fields: Any) -> OutputGrammar | None:
-        return text_format_grammar(TextFormat.model_validate_json(json.dumps(fields)))
+        return text_format_grammar(TextFormat.model_validate_json(json.dumps(fields)), limits=Limits())
 
     nested = of(response_format={"type": "json_schema", "json_schema": {"name": "point", "schema": POINT}})
     flat = format_of(type="json_schema", name="point", schema=POINT, strict=True)
