@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
 
+from server.closed_schema import closed_schema
 from server.conversation import Conversation, Tool, ToolChoice
 
 BEGIN, END = "<tool_call>", "</tool_call>"
@@ -240,7 +241,7 @@ def _single(grammar: str) -> dict[str, Any]:
 
 
 def _arguments_schema(tool: Tool) -> dict[str, Any]:
-    return {"type": "object", **tool.parameters, "x-guidance": _COMPACT | {"lenient": not tool.strict}}
+    return {"type": "object", **closed_schema(tool.parameters), "x-guidance": _COMPACT | {"lenient": not tool.strict}}
 
 
 def _quoted(text: str) -> str:

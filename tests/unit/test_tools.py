@@ -118,6 +118,14 @@ def test_arguments_keep_to_their_schema():
         assert not takes(required, call(wrong))
 
 
+def test_arguments_hold_what_is_listed_and_nothing_else():
+    listed = Tool(name="a", parameters={"type": "object", "properties": {"now": {"type": "boolean"}}, "required": ["now"]})
+    required = grammar(listed, tool_choice=ToolChoice.REQUIRED)
+
+    assert takes(required, '<tool_call>{"name": "a", "arguments": {"now": true}}</tool_call>')
+    assert not takes(required, '<tool_call>{"name": "a", "arguments": {"now": true, "x": 1}}</tool_call>')
+
+
 def test_arguments_are_an_object_whatever_the_schema_leaves_open():
     loose = Tool(name="a", parameters={})
     referring = Tool(
