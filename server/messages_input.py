@@ -2,9 +2,10 @@
 become the fields of the others.
 """
 
+import asyncio
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
 from server.chat_plan import ConversationPlan, plan_of_conversation
@@ -24,7 +25,23 @@ from server.schemas.messages import (
 from server.services import Services
 from server.structured_output import OutputGrammar, json_grammar
 
+INLINE_BLOCKS = 500  # so many are read on the event loop
+
 Value = TypeVar("Value")
+
+
+@dataclass(slots=True, kw_only=True)
+class _Draft:
+    """A turn that may still grow."""
+
+    role: Role
+    texts: list[str] = field(default_factory=list[str])
+    calls: list[ToolCall] = field(default_factory=list[ToolCall])
+    tool_call_id: str | None = None
+
+    def turn(self) -> Turn:
+        text = "\n".join(filter(None, self.texts))
+        return Turn(role=self.role, text=text, tool_calls=tuple(self.calls), tool_call_id=self.tool_call_id)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,9 +57,9 @@ async def check_message(body: MessagesRequest, terms: Terms, services: Services)
     `max_tokens` is a bound and not a demand, as Anthropic has it: where the context leaves less, the message may be as long as that.
     """
     _check_options(body)
-    conversation = conversation_of(body, limits=terms.limits)
+    conversation = await conversation_off_loop(body, limits=terms.limits)
     plan = await plan_of_conversation(
-        body, terms, services, conversation=conversation, max_tokens=body.max_tokens, text_grammar=_text_grammar(body)
+        body, terms, services, conversation=conversation, max_tokens=body.max_tokens, text_grammar=_text_grammar(body, limits=terms.limits)
     )
     shared: dict[str, Any] = {field.name: getattr(plan, field.name) for field in fields(plan)}
     shared["tenant"] = terms.key_tenant or tenant_of(body.metadata.user_id or body.user)
@@ -51,18 +68,25 @@ async def check_message(body: MessagesRequest, terms: Terms, services: Services)
     return MessagePlan(**shared, max_message_tokens=body.max_tokens)
 
 
+async def conversation_off_loop(body: ConversationFields, *, limits: Limits) -> Conversation:
+    """The same as `conversation_of`, in a thread where there are many blocks."""
+    if sum(len(message.content) for message in body.messages) <= INLINE_BLOCKS:
+        return conversation_of(body, limits=limits)
+    return await asyncio.to_thread(conversation_of, body, limits=limits)
+
+
 def conversation_of(body: ConversationFields, *, limits: Limits) -> Conversation:
     """What the request's messages and tools mean. A last turn of the assistant's is gone on from. Raises `InvalidRequest`."""
     if not body.messages:
         raise InvalidRequest("messages is empty: say something", param="messages")
     if len(body.messages) > limits.max_messages:
         raise InvalidRequest(f"{len(body.messages):,} messages, the limit is {limits.max_messages:,}", param="messages")
-    turns = _turns(body)
+    turns = tuple(draft.turn() for draft in _drafts(body))
     goes_on = bool(turns) and turns[-1].role == "assistant"
     if goes_on and turns[-1].tool_calls:
         raise InvalidRequest("messages: the last message has a tool_use: its tool_result must follow", param="messages")
     return Conversation(
-        turns=tuple(turns),
+        turns=turns,
         tools=tuple(_tool(tool, where=f"tools.{index}") for index, tool in enumerate(body.tools)),
         tool_choice=_tool_choice(body.tool_choice, goes_on=goes_on),
         parallel_tool_calls=not body.tool_choice.disable_parallel_tool_use,
@@ -96,33 +120,33 @@ def _tool_choice(choice: MessagesToolChoice, *, goes_on: bool) -> ToolChoice | s
             return choice.name
 
 
-def _turns(body: ConversationFields) -> list[Turn]:
+def _drafts(body: ConversationFields) -> list[_Draft]:
     """What was said. Tools' results are turns of their own; other neighbours of one role are one turn, as Anthropic has it."""
-    turns: list[Turn] = []
+    drafts: list[_Draft] = []
     if system := _text_of(body.system, where="system"):
-        turns.append(Turn(role="system", text=system))
+        drafts.append(_Draft(role="system", texts=[system]))
     for index, message in enumerate(body.messages):
-        _add_turns(turns, message, where=f"messages.{index}")
-    last = turns[-1] if turns else None
-    if last is not None and last.role == "assistant" and not last.text.strip() and not last.tool_calls:
-        turns.pop()  # there is nothing to go on with
-    return turns
+        _add(drafts, message, where=f"messages.{index}")
+    last = drafts[-1] if drafts else None
+    if last is not None and last.role == "assistant" and not last.calls and not any(text.strip() for text in last.texts):
+        drafts.pop()  # there is nothing to go on with
+    return drafts
 
 
-def _add_turns(turns: list[Turn], message: InputMessage, *, where: str) -> None:
+def _add(drafts: list[_Draft], message: InputMessage, *, where: str) -> None:
     if not message.content and message.role != "assistant":
         raise InvalidRequest(f"{where}: the message is empty", param="messages")
     for index, block in enumerate(message.content):
         here = f"{where}.content.{index}"
         match message.role, block.type:
             case role, "text":
-                _say(turns, role, _required(block.text, "text", block, where=here))
+                _of_role(drafts, role).texts.append(_required(block.text, "text", block, where=here))
             case "assistant", "tool_use":
-                _say(turns, "assistant", "", call=_call(block, where=here))
+                _of_role(drafts, "assistant").calls.append(_call(block, where=here))
             case "user", "tool_result":
                 text = _text_of(block.content, where=f"{here}.content")
                 tool_call_id = _required(block.tool_use_id, "tool_use_id", block, where=here)
-                turns.append(Turn(role="tool", text=f"Error: {text}" if block.is_error else text, tool_call_id=tool_call_id))
+                drafts.append(_Draft(role="tool", texts=[f"Error: {text}" if block.is_error else text], tool_call_id=tool_call_id))
             case "assistant", "thinking" | "redacted_thinking":  # of another model, which no model takes over
                 pass
             case role, kind:
@@ -131,14 +155,11 @@ def _add_turns(turns: list[Turn], message: InputMessage, *, where: str) -> None:
                 )
 
 
-def _say(turns: list[Turn], role: Role, text: str, *, call: ToolCall | None = None) -> None:
-    calls = () if call is None else (call,)
-    if not turns or turns[-1].role != role:
-        turns.append(Turn(role=role, text=text, tool_calls=calls))
-        return
-    last = turns[-1]
-    joined = "\n".join(part for part in (last.text, text) if part)
-    turns[-1] = replace(last, text=joined, tool_calls=(*last.tool_calls, *calls))
+def _of_role(drafts: list[_Draft], role: Role) -> _Draft:
+    """The last turn, where it is of that role; else a new one."""
+    if not drafts or drafts[-1].role != role:
+        drafts.append(_Draft(role=role))
+    return drafts[-1]
 
 
 def _call(block: InputBlock, *, where: str) -> ToolCall:
@@ -172,11 +193,11 @@ def _text_of(blocks: Iterable[ResultBlock], *, where: str) -> str:
     return "\n".join(texts)
 
 
-def _text_grammar(body: MessagesRequest) -> OutputGrammar | None:
+def _text_grammar(body: MessagesRequest, *, limits: Limits) -> OutputGrammar | None:
     chosen = body.output_config.format
     if chosen is None:
         return None
-    return OutputGrammar(text=json_grammar(chosen.schema_, param="output_config"), param="output_config")
+    return OutputGrammar(text=json_grammar(chosen.schema_, param="output_config", limits=limits), param="output_config")
 
 
 def _required(value: Value | None, name: str, block: InputBlock, *, where: str) -> Value:

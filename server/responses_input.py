@@ -1,13 +1,14 @@
 """From a request of the Responses API to its plan: input items, what is stored of the conversation before them, turns, tools.
 
     InputItem    as clients send it                                     server/schemas/responses.py
-    Item         as it is kept, listed and sent back                    `new_items`, `stored_items`
+    Item         as it is kept, listed and sent back                    `new_items`
     Turn         as every chat-like endpoint understands it             `turns_of`
 
 `check_response` goes this way. `shortened` is for `truncation: auto`: the same conversation with its oldest items left out.
 """
 
-from collections.abc import Iterable, Sequence
+import asyncio
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, cast
 
@@ -46,6 +47,7 @@ INCLUDABLE = frozenset(
         "computer_call_output.output.image_url",
     }
 )
+INLINE_PARTS = 500  # so many are read on the event loop
 _TEXT_PARTS = frozenset({"text", "input_text", "output_text"})
 _ROLES: dict[str, Role] = {"developer": "system"}  # the others are called alike
 _item_decoder = msgspec.json.Decoder(Item)
@@ -67,18 +69,25 @@ async def check_response(body: ResponsesRequest, terms: Terms, services: Service
     """
     _check_options(body)
     check_logprobs(body.top_logprobs, param="top_logprobs", terms=terms)
-    previous = stored_items(body.previous_response_id, store=services.responses, owner=terms.key_tenant)
-    items = (*previous, *new_items(body.input, store=services.responses, owner=terms.key_tenant, request_id=request_id))
-    if len(items) > terms.limits.max_messages:
-        raise InvalidRequest(f"{len(items):,} items in the conversation, the limit is {terms.limits.max_messages:,}", param="input")
+    previous = _previous(body.previous_response_id, store=services.responses, owner=terms.key_tenant)
+    if (num_items := len(previous) + len(body.input)) > terms.limits.max_messages:
+        raise InvalidRequest(f"{num_items:,} items in the conversation, the limit is {terms.limits.max_messages:,}", param="input")
+    referred = _referred(body.input, store=services.responses, owner=terms.key_tenant)
+
+    def conversation() -> tuple[tuple[Item, ...], Conversation]:
+        items = (*map(_item_decoder.decode, previous), *new_items(body.input, referred=referred, request_id=request_id))
+        return items, _conversation_of(body, items)
+
+    is_small = len(previous) + sum(1 + len(item.content or ()) + len(item.output or ()) for item in body.input) <= INLINE_PARTS
+    items, asked = conversation() if is_small else await asyncio.to_thread(conversation)
     plan = await plan_of_conversation(
         body,
         terms,
         services,
-        conversation=_conversation_of(body, items),
+        conversation=asked,
         max_tokens=body.max_output_tokens,
         logprobs=(body.top_logprobs or 0) if LOGPROBS_INCLUDED in body.include else None,
-        text_grammar=None if body.text.format is None else text_format_grammar(body.text.format),
+        text_grammar=None if body.text.format is None else text_format_grammar(body.text.format, limits=terms.limits),
         turns_param="input",
     )
     shared: dict[str, Any] = {field.name: getattr(plan, field.name) for field in fields(plan)}
@@ -87,22 +96,39 @@ async def check_response(body: ResponsesRequest, terms: Terms, services: Service
     return ResponsePlan(**shared, request=body, items=items, owner=terms.key_tenant)
 
 
-def stored_items(response_id: str | None, *, store: ResponseStore, owner: str) -> tuple[Item, ...]:
-    """What a response was generated from, and gave; nothing for None. Raises `PreviousResponseNotFound`."""
+def _previous(response_id: str | None, *, store: ResponseStore, owner: str) -> tuple[bytes, ...]:
+    """The items that a response was generated from, and gave; nothing for None. Raises `PreviousResponseNotFound`."""
     if response_id is None:
         return ()
     response = store.get(response_id, tenant=owner)
     if response is None:
         raise PreviousResponseNotFound(f"Previous response with id {shown(response_id)} not found.", param="previous_response_id")
-    return tuple(map(_item_decoder.decode, response.items))
+    return response.items
 
 
-def new_items(sent: Iterable[InputItem], *, store: ResponseStore, owner: str, request_id: str) -> list[Item]:
-    """The items of a request, whole and with ids. Raises `InvalidRequest`, or `ResponseNotFound` for what is referred to and not there."""
+def _referred(sent: Iterable[InputItem], *, store: ResponseStore, owner: str) -> dict[str, bytes]:
+    """The items that are referred to, by id. Raises `ResponseNotFound`."""
+    referred: dict[str, bytes] = {}
+    for index, item in enumerate(sent):
+        if _kind(item) != "item_reference" or item.id is None:
+            continue
+        found = store.output_item(item.id, tenant=owner)
+        if found is None:
+            raise ResponseNotFound(f"input.{index}: item with id {shown(item.id)} not found; send the item itself", param="input")
+        referred[item.id] = found
+    return referred
+
+
+def _kind(item: InputItem) -> str:
+    return item.type or ("message" if item.role is not None else "item_reference")
+
+
+def new_items(sent: Iterable[InputItem], *, referred: Mapping[str, bytes], request_id: str) -> list[Item]:
+    """The items of a request, whole and with ids; those in `referred` in the place of references. Raises `InvalidRequest`."""
     items: list[Item] = []
     for index, item in enumerate(sent):
         where = f"input.{index}"
-        match item.type or ("message" if item.role is not None else "item_reference"):
+        match _kind(item):
             case "message":
                 items.append(_message(item, where=where, id=item.id or f"msg_{request_id}_in{index}"))
             case "function_call":
@@ -110,7 +136,9 @@ def new_items(sent: Iterable[InputItem], *, store: ResponseStore, owner: str, re
             case "function_call_output":
                 items.append(_call_output(item, where=where, id=item.id or f"fco_{request_id}_in{index}"))
             case "item_reference":
-                items.append(_referred(item, where=where, store=store, owner=owner))
+                if item.id is None:
+                    raise InvalidRequest(f"{where}: an item needs a type or a role", param="input")
+                items.append(_item_decoder.decode(referred[item.id]))
             case "reasoning":  # of another model, which no model takes over
                 pass
             case other:
@@ -222,15 +250,6 @@ def _call_output(item: InputItem, *, where: str, id: str) -> FunctionCallOutputI
         raise InvalidRequest(f"{where}: a function_call_output needs a call_id and an output", param="input")
     text = "\n".join(_text_of(part, where=f"{where}.output.{index}") for index, part in enumerate(item.output))
     return FunctionCallOutputItem(id=id, status="completed", call_id=item.call_id, output=text)
-
-
-def _referred(item: InputItem, *, where: str, store: ResponseStore, owner: str) -> Item:
-    if item.id is None:
-        raise InvalidRequest(f"{where}: an item needs a type or a role", param="input")
-    found = store.output_item(item.id, tenant=owner)
-    if found is None:
-        raise ResponseNotFound(f"{where}: item with id {shown(item.id)} not found; send the item itself", param="input")
-    return _item_decoder.decode(found)
 
 
 def _text_of(part: ContentPart, *, where: str) -> str:

@@ -14,7 +14,7 @@ from server.answers.messages import MessageAnswer
 from server.conversation import check_conversation
 from server.errors import InvalidRequest
 from server.intake import Admitted, ignored_fields_header, respond, taking_in
-from server.messages_input import MessagePlan, check_message, conversation_of
+from server.messages_input import MessagePlan, check_message, conversation_off_loop
 from server.plan import Terms, check_model
 from server.preprocess import INLINE_CHARS, prompt_ids, read_body
 from server.schemas.common import json_answer, json_request
@@ -53,7 +53,7 @@ async def count_tokens(request: Request, services: FromApp) -> Response:
         raise InvalidRequest("this server runs without a tokenizer and cannot count what a text would be")
     body = await read_body(await request.body(), CountTokensRequest, limits=services.limits)
     check_model(body.model, model_name=services.model_name)
-    conversation = conversation_of(body, limits=services.limits)
+    conversation = await conversation_off_loop(body, limits=services.limits)
     check_conversation(conversation)
     runs = await services.chat_template.render_off_loop(conversation)
 

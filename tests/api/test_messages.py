@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -148,6 +149,16 @@ async def test_a_last_message_of_the_assistants_is_gone_on_from(http: httpx.Asyn
 
     assert prompt_text(engine).endswith("Assistant: Hello")
     assert answer["content"][0]["text"] == " world!"
+
+
+async def test_very_many_blocks_are_one_turn_and_hold_nobody_up(http: httpx.AsyncClient):
+    blocks = [{"type": "text", "text": "word"}] * 20_000
+    started = time.monotonic()
+
+    counted = await http.post("/v1/messages/count_tokens", json={"messages": [{"role": "user", "content": blocks}]})
+
+    assert counted.json()["input_tokens"] > 40_000
+    assert time.monotonic() - started < 10
 
 
 async def test_an_empty_last_message_of_the_assistants_is_as_good_as_none(http: httpx.AsyncClient, engine: FakeEngineClient):

@@ -191,6 +191,15 @@ async def test_input_items_are_turns_of_groks_format(http: httpx.AsyncClient, en
     )
 
 
+async def test_very_many_parts_are_one_turn(http: httpx.AsyncClient, engine: FakeEngineClient):
+    engine.info = replace(engine_info(), max_model_len=100_000, num_blocks=100_000)
+    parts = [{"type": "input_text", "text": "x"}] * 10_000
+
+    await respond(http, input=[{"role": "user", "content": parts}], max_output_tokens=5)
+
+    assert prompt_text(engine).count("x\n") == 9_999
+
+
 async def test_text_and_calls_are_items_in_the_order_they_came(http: httpx.AsyncClient, engine: FakeEngineClient):
     engine.script = turn_script(f" Let me see.\n{WEATHER_CALL}\n{TIME_CALL}")
 
