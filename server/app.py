@@ -27,7 +27,14 @@ from server.response_store import ResponseStore
 from server.routes import chat, completions, health, messages, metrics, models, responses, tokens
 from server.services import Services
 
-EXPOSED_HEADERS = ("x-request-id", "x-should-retry", "retry-after", "retry-after-ms", "x-ignored-fields")  # to pages of other origins
+EXPOSED_HEADERS = (
+    "x-request-id",
+    "request-id",
+    "x-should-retry",
+    "retry-after",
+    "retry-after-ms",
+    "x-ignored-fields",
+)  # to pages of other origins
 
 
 def create_app(
