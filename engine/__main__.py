@@ -40,12 +40,14 @@ from engine.errors import EngineError, RequestError, TransportError
 from engine.grammar import GrammarMatcher, GrammarTokenizer
 from engine.messages import (
     Abort,
+    Begun,
     Configure,
     Deltas,
     Failed,
     FromEngine,
     FromServer,
     Prepare,
+    Queued,
     Ready,
     Refused,
     Report,
@@ -74,9 +76,10 @@ class Core(Protocol):
     """What the loop drives; `engine/core.py` has the real one."""
 
     info: EngineInfo
+    on_begin: Callable[[list[str]], object] | None
 
-    def submit(self, request: GenerationRequest, *, output_token_ids: tuple[int, ...] = (), num_scored_tokens: int = 0) -> None:
-        """Raises `RequestError` for a request that can never run."""
+    def submit(self, request: GenerationRequest, *, output_token_ids: tuple[int, ...] = (), num_scored_tokens: int = 0) -> bool:
+        """True if it only waits, until `on_begin` is told of it. Raises `RequestError` for a request that can never run."""
         ...
 
     def abort(self, request_id: str) -> None: ...
@@ -110,17 +113,22 @@ class EngineLoop:
         self._clock = clock
         self._last_stats: EngineStats | None = None
         self._last_sent_s = clock()
+        self._new: list[str] = []  # submitted, only waiting, and not told so yet
+        self._queued: set[str] = set()  # told
+        core.on_begin = self._begin
 
     def take(self, message: FromServer) -> None:
         """Let one message change what the next turn does."""
         match message:
             case Submit(request=request, output_token_ids=output, num_scored_tokens=num_scored):
                 try:
-                    self._core.submit(request, output_token_ids=output, num_scored_tokens=num_scored)
+                    if self._core.submit(request, output_token_ids=output, num_scored_tokens=num_scored):
+                        self._new.append(request.request_id)
                 except RequestError as error:
                     self._send(Refused(request.request_id, str(error)))
             case Abort(request_id=request_id):
                 self._core.abort(request_id)
+                self._forget([request_id])
             case Configure() | Prepare():
                 raise TransportError("the server configured an engine that is already running")
 
@@ -131,6 +139,23 @@ class EngineLoop:
         if deltas or self._is_worth_telling(stats):
             self._send(Deltas(deltas, stats))
             self._last_stats, self._last_sent_s = stats, self._clock()
+        if self._new or self._queued:
+            self._forget([delta.request_id for delta in deltas if delta.finish_reason is not None])
+        if self._new:
+            self._send(Queued(self._new))
+            self._queued.update(self._new)
+            self._new = []
+
+    def _begin(self, request_ids: list[str]) -> None:
+        """Whoever was told that these only wait is told before they are computed that they do not any more."""
+        begun = [request_id for request_id in request_ids if request_id in self._queued]
+        if begun:
+            self._send(Begun(begun))
+        self._forget(request_ids)
+
+    def _forget(self, request_ids: list[str]) -> None:
+        self._queued.difference_update(request_ids)
+        self._new = [request_id for request_id in self._new if request_id not in request_ids]
 
     def _is_worth_telling(self, stats: EngineStats) -> bool:
         """Without deltas: the last gauges before a pause, and a sign of life."""

@@ -26,10 +26,12 @@ from engine.errors import NoEngineError
 from engine.journal import Entry, Journal
 from engine.messages import (
     Abort,
+    Begun,
     Configure,
     Deltas,
     Failed,
     Prepare,
+    Queued,
     Ready,
     Refused,
     Report,
@@ -181,6 +183,10 @@ class RemoteEngineClient:
             case Deltas(deltas=deltas, stats=stats):
                 self._stats = stats
                 self._journal.record(deltas)
+            case Queued(request_ids=request_ids):
+                self._journal.queued(request_ids)
+            case Begun(request_ids=request_ids):
+                self._journal.begun(request_ids)
             case Refused(request_id=request_id, message=message):
                 self._journal.refuse(request_id, message)
             case Report(progress=progress):

@@ -93,6 +93,7 @@ class EngineCore:
         self.config = config
         self.runner = runner
         self.clock = clock
+        self.on_begin: Callable[[list[str]], object] | None = None  # told, before a step, which requests come in with it
         self.pool = BlockPool(config.cache.num_blocks)
         self.cache = PrefixCache(self.pool, block_size=config.cache.block_size)
         self.scheduler = Scheduler(config.scheduler, self.pool, self.cache, block_size=config.cache.block_size)
@@ -120,8 +121,8 @@ class EngineCore:
     def has_work(self) -> bool:
         return self.scheduler.has_work or bool(self._compiling)
 
-    def submit(self, request: GenerationRequest, *, output_token_ids: tuple[int, ...] = (), num_scored_tokens: int = 0) -> None:
-        """Queue a request. Raises `RequestError` for one that could never run.
+    def submit(self, request: GenerationRequest, *, output_token_ids: tuple[int, ...] = (), num_scored_tokens: int = 0) -> bool:
+        """Queue a request; True if it only waits, until `on_begin` is told of it. Raises `RequestError` for one that could never run.
 
         A generation that another engine began goes on behind the output tokens and prompt log-probabilities that it has given already.
         """
@@ -144,8 +145,9 @@ class EngineCore:
         if constraint is not None and constraint.grammar is not None and self._grammars is not None:
             self._compiling[constraint] = sequence
             self._grammars.start(constraint, output_token_ids)
-        else:
-            self.scheduler.add(sequence)
+            return False
+        self.scheduler.add(sequence)
+        return True
 
     def abort(self, request_id: str) -> None:
         """Forget a request; its blocks are free at once. Unknown ids have just finished and are no error."""
@@ -237,6 +239,8 @@ class EngineCore:
         """Start the scheduled step, if there is anything in it."""
         if not schedule.items:
             return None
+        if schedule.admitted and self.on_begin is not None:
+            self.on_begin([sequence.request.request_id for sequence in schedule.admitted])
         for sequence in schedule.admitted:
             self._reset_slot(sequence)
         batch = self.batcher.build(schedule)

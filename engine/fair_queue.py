@@ -147,6 +147,7 @@ class FairQueue:
         """An admitted sequence has yielded, and waits again."""
         tenant = self._refund(sequence)
         sequence.num_yields += 1
+        sequence.num_paid_tokens = sequence.num_tokens
         self._put_in(tenant, sequence)
 
     def _refund(self, sequence: Sequence) -> _Tenant:
@@ -206,7 +207,7 @@ class FairQueue:
 
 def _size(sequence: Sequence) -> int:
     """What it is charged when it is let in: all, or what it had not received when it yielded."""
-    return sequence.num_foreseen_tokens - (sequence.num_tokens if sequence.num_yields else 0)
+    return sequence.num_foreseen_tokens - sequence.num_paid_tokens
 
 
 def _entry(sequence: Sequence) -> tuple[int, int, Sequence]:

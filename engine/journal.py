@@ -41,6 +41,7 @@ class Entry:
     output_token_ids: list[int] = field(default_factory=list[int])
     num_scored_tokens: int = 0  # prompt log-probabilities received
     num_received_before: int = 0  # of `num_received`, before the last submission
+    is_queued: bool = False  # the engine has it and has computed nothing of it
 
     @property
     def num_received(self) -> int:
@@ -117,6 +118,14 @@ class Journal:
                 self._remove(entry)
             entry.reader.put(delta)
 
+    def queued(self, request_ids: Iterable[str]) -> None:
+        """The engine has these and computes nothing of them, so they cannot end it."""
+        self._set_queued(request_ids, is_queued=True)
+
+    def begun(self, request_ids: Iterable[str]) -> None:
+        """From now on these can end the engine."""
+        self._set_queued(request_ids, is_queued=False)
+
     def refuse(self, request_id: str, message: str) -> None:
         """The engine does not take this one, be it for the first time or after it ran elsewhere."""
         if (entry := self._entries.get(request_id)) is not None:
@@ -125,7 +134,7 @@ class Journal:
 
     def engine_died(self) -> None:
         """Hold everything for the next engine. A generation that ended its engine alone fails with `EngineDiedError`."""
-        had = [entry for request_id, entry in self._entries.items() if request_id not in self._held]
+        had = [entry for request_id, entry in self._entries.items() if request_id not in self._held and not entry.is_queued]
         self._held = dict(self._entries)
         convicted = self._quarantine.engine_died(
             cleared=[entry.request.request_id for entry in had if entry.is_cleared],
@@ -159,7 +168,13 @@ class Journal:
     def _submit(self, entry: Entry) -> Submit:
         del self._held[entry.request.request_id]
         entry.num_received_before = entry.num_received
+        entry.is_queued = False
         return Submit(entry.request, tuple(entry.output_token_ids), entry.num_scored_tokens)
+
+    def _set_queued(self, request_ids: Iterable[str], *, is_queued: bool) -> None:
+        for request_id in request_ids:
+            if (entry := self._entries.get(request_id)) is not None:
+                entry.is_queued = is_queued
 
     def _clear_suspects(self) -> None:
         for request_id in list(self._quarantine.on_trial):

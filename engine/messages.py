@@ -2,8 +2,9 @@
 
 `Configure` is the first message of a connection, after `Prepare` where the process stands by for a while; then the engine tells how its
 start goes (`Report`..., then `Ready` or `Failed`), and from there on generations travel as `Submit` and `Abort` one way and as `Deltas` and
-`Refused` the other way. The values inside are the frozen dataclasses of `engine/types.py` and `engine/config.py`; decoding checks every
-type, and no form of the bytes can run code. Cutting a byte stream into frames is `engine/transport.py`'s work.
+`Refused` the other way; `Queued` and `Begun` say which of them can have ended an engine. The values inside are the frozen dataclasses of
+`engine/types.py` and `engine/config.py`; decoding checks every type, and no form of the bytes can run code. Cutting a byte stream into
+frames is `engine/transport.py`'s work.
 """
 
 import msgspec
@@ -72,8 +73,20 @@ class Deltas(msgspec.Struct, frozen=True, array_like=True, tag="deltas"):
     stats: EngineStats
 
 
+class Queued(msgspec.Struct, frozen=True, array_like=True, tag="queued"):
+    """Engine to server: it has these, and nothing of them is computed before `Begun` tells so."""
+
+    request_ids: list[str]
+
+
+class Begun(msgspec.Struct, frozen=True, array_like=True, tag="begun"):
+    """Engine to server, before the step: some of `Queued` that are computed from now on, and could end the engine."""
+
+    request_ids: list[str]
+
+
 FromServer = Prepare | Configure | Submit | Abort
-FromEngine = Report | Ready | Failed | Refused | Deltas
+FromEngine = Report | Ready | Failed | Refused | Queued | Begun | Deltas
 
 _encoder = msgspec.msgpack.Encoder()
 _from_server = msgspec.msgpack.Decoder(FromServer)

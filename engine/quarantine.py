@@ -1,12 +1,13 @@
 """Quarantine: finds the requests that end the engine, by trying suspects in halves. Bookkeeping alone: no clock, no I/O, no messages.
 
 A request is *cleared* in the life of one engine process once the engine has made some progress on it (what counts is the journal's
-decision) or once it has ended. Only requests that an engine had and had not cleared can have ended it. So, at each death:
+decision) or once it has ended. Only requests that an engine had begun and had not cleared can have ended it; those that only waited there
+had no part in it. So, at each death:
 
     1. A cleared request starts again at no deaths; one that was not cleared has one death more.
     2. Requests with two deaths in a row are suspects. Until none is left, nothing else is given to an engine.
     3. The suspects are tried in halves, a group at a time. When all of a group are cleared or over, the next group joins them.
-    4. A death splits the group on trial, as far as it was not cleared; its first half is tried next.
+    4. A death splits the group on trial, as far as it was begun and not cleared; its first half is tried next, who waited after both.
     5. A suspect that was all that its engine ever had, and died with it, is convicted. One that died beside cleared ones is tried again,
        which is alone: every trial after a death is the first of its engine.
 
@@ -64,21 +65,24 @@ class Quarantine:
     def engine_died(self, *, cleared: Iterable[str], not_cleared: Collection[str]) -> str | None:
         """Draw the conclusions from a death; returns the request that is convicted, and forgotten, if one is.
 
-        The two arguments are what the engine had and had not ended; each in the order in which halves are to be made.
+        The two arguments are what the engine had begun and had not ended; each in the order in which halves are to be made.
         """
         self._is_fresh_engine = True
         for request_id in cleared:
             self._num_deaths.pop(request_id, None)
         for request_id in not_cleared:
             self._num_deaths[request_id] = self._num_deaths.get(request_id, 0) + 1
-        suspects = [request_id for request_id in self._on_trial if request_id in self._num_deaths]
+        begun = set(not_cleared)
+        on_trial = [request_id for request_id in self._on_trial if request_id in self._num_deaths]
+        suspects = [request_id for request_id in on_trial if request_id in begun]
+        waited = [request_id for request_id in on_trial if request_id not in begun]
         self._on_trial = []
         if suspects and self._is_alone:
             self.forget(suspects[0])
             return suspects[0]
-        if not suspects and not self._groups:
+        if not on_trial and not self._groups:
             suspects = [request_id for request_id in not_cleared if self._num_deaths[request_id] >= MAX_DEATHS]
-        self._groups.extendleft(reversed(_halves(suspects)))
+        self._groups.extendleft(reversed([*_halves(suspects), *([waited] if waited else [])]))
         return None
 
 

@@ -32,6 +32,7 @@ class Sequence:
     num_preemptions: int = 0  # for want of blocks
     num_yields: int = 0  # gave its slot to another tenant
     num_foreseen_tokens: int = 0  # it is expected to have in the end, as its tenant pays for it
+    num_paid_tokens: int = 0  # of these, when it last yielded
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache at the first admission
     num_scored_tokens: int = 0  # prompt log-probabilities already sent
     cached_scores: tuple[BlockScores, ...] = ()  # of the blocks found at the last admission, from that of position `num_scored_tokens` on

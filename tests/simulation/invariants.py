@@ -197,7 +197,7 @@ def check_books(core: EngineCore) -> None:
 def check_accounts(queue: FairQueue) -> None:
     """What waits is what tenants pay for."""
     for tenant in queue._tenants.values():
-        size = sum(each.num_foreseen_tokens - (each.num_tokens if each.num_yields else 0) for _, _, each in tenant.waiting)
+        size = sum(each.num_foreseen_tokens - each.num_paid_tokens for _, _, each in tenant.waiting)
         assert tenant.backlog == size, "a tenant's backlog is not what it has waiting"
 
 

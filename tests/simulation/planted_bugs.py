@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from types import ModuleType
 
 from engine import prefix_cache
+from engine.__main__ import EngineLoop
 from engine.batch import Batcher
 from engine.block_pool import BlockPool
 from engine.client import RemoteEngineClient
@@ -96,6 +97,10 @@ BUGS: dict[str, tuple[Change, ...]] = {
         ),
     ),
     "penalties forget the tokens of a hit": (Change(EngineCore, "_reset_slot", "if sampling.has_penalties else 0", "if False else 0"),),
+    "a slot keeps the mask of its last sequence": (Change(EngineCore, "_reset_slot", "self._masks.pop(sequence.slot, None)", "pass"),),
+    "a row chooses before its last token is known": (
+        Change(EngineCore, "_launch", "any(self._is_undecided(item) for item in batch.items)", "False"),
+    ),
     "a pending token is lost on preemption": (
         Change(EngineCore, "_commit", "if sequence.is_over:", "if sequence.is_over or sequence.slot is None:"),
     ),
@@ -191,6 +196,8 @@ BUGS: dict[str, tuple[Change, ...]] = {
         Change(Quarantine, "forget", "if (kept := [other for other in group if other != request_id])", "if (kept := group)"),
     ),
     "progress does not clear a request": (Change(Quarantine, "engine_died", "for request_id in cleared:", "for request_id in ():"),),
+    "a request that begins behind others is not told of": (Change(EngineLoop, "_begin", "if begun:", "if False:"),),
+    "a request that has begun once is trusted for ever": (Change(Journal, "_submit", "entry.is_queued = False", "pass"),),
     "a suspect that died beside others is convicted": (
         Change(Quarantine, "next_group", "self._is_alone = self._is_fresh_engine and len(self._on_trial) == 1", "self._is_alone = True"),
     ),

@@ -18,7 +18,7 @@ from engine.__main__ import SIGN_OF_LIFE_S, EngineLoop
 from engine.batch import Batch
 from engine.config import EngineConfig
 from engine.core import EngineCore
-from engine.messages import Abort, Configure, FromEngine, FromServer, Ready, Report, Submit, decode_from_server, encode
+from engine.messages import Abort, Begun, Configure, FromEngine, FromServer, Ready, Report, Submit, decode_from_server, encode
 from engine.transport import LoopbackChannel
 from engine.types import Progress
 
@@ -126,7 +126,7 @@ class SimulatedEngine:
         config = self._scenario.config
         self.runner = KillableRunner(config, self._fates.kills_at)
         self.core = EngineCore(config, self.runner, info_of(config), clock=self._loop.time)
-        self._engine_loop = EngineLoop(self.core, send=self._outbox.append, clock=self._loop.time)
+        self._engine_loop = EngineLoop(self.core, send=self._say, clock=self._loop.time)
         patience_s = self._scenario.latency_s + MAX_TURN * self._scenario.step_s
         self.checks = EngineChecks(self.core, self.runner, gone_s=self._fates.gone_s, patience_s=patience_s)
         self.channel.send(encode(Ready(self.core.info)))
@@ -161,6 +161,13 @@ class SimulatedEngine:
         is_idle = len(self.runner.batches) == num_batches
         self.num_steps += not is_idle
         self._loop.call_later(self._rng.random() * MAX_TURN * self._scenario.step_s * (0.1 if is_idle else 1.0), self._end_turn)
+
+    def _say(self, message: FromEngine) -> None:
+        """What a step begins with leaves before the step, the rest when its time is over."""
+        if isinstance(message, Begun):
+            self.channel.send(encode(message))
+        else:
+            self._outbox.append(message)
 
     def _mark(self, request_id: str) -> None:
         """No request of today needs the host between two tokens; the core is ready for those that will."""

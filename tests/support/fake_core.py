@@ -6,8 +6,9 @@ what they say, and `CRASHING_LATER` crashes at every step from its 20th token on
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from engine.config import EngineOptions, ModelConfig, SchedulerConfig
 from engine.errors import RequestError
@@ -77,11 +78,12 @@ class Generation:
 
 
 class FakeCore:
-    """Fulfils `engine.__main__.Core`. `step_s` is how long a step takes."""
+    """Fulfils `engine.__main__.Core`. `step_s` is how long a step takes; the first `max_num_seqs` take part in it."""
 
     def __init__(self, info: EngineInfo, *, step_s: float = 0.0) -> None:
         self.info = info
         self.num_steps = 0
+        self.on_begin: Callable[[list[str]], object] | None = None
         self._step_s = step_s
         self._running: dict[str, Generation] = {}
 
@@ -89,7 +91,7 @@ class FakeCore:
     def has_work(self) -> bool:
         return bool(self._running)
 
-    def submit(self, request: GenerationRequest, *, output_token_ids: Sequence[int] = (), num_scored_tokens: int = 0) -> None:
+    def submit(self, request: GenerationRequest, *, output_token_ids: Sequence[int] = (), num_scored_tokens: int = 0) -> bool:
         prompt = request.prompt_token_ids
         if prompt[0] == REFUSED:
             raise RequestError("this prompt is refused")
@@ -97,6 +99,7 @@ class FakeCore:
         if list(output_token_ids) != expected:
             raise RuntimeError(f"{request.request_id} goes on after {output_token_ids}, which it cannot have given")
         self._running[request.request_id] = Generation(request, len(output_token_ids), num_scored_tokens)
+        return True
 
     def abort(self, request_id: str) -> None:
         self._running.pop(request_id, None)
@@ -104,14 +107,24 @@ class FakeCore:
     def step(self) -> list[TokenDelta]:
         self.num_steps += 1
         time.sleep(self._step_s)
-        deltas = [self._advance(generation) for generation in self._running.values()]
+        running = list(islice(self._running.values(), self.info.max_num_seqs))
+        if self.on_begin is not None:
+            self.on_begin([generation.request.request_id for generation in running])
+        deltas = [self._advance(generation) for generation in running]
         for delta in deltas:
             if delta.finish_reason is not None:
                 del self._running[delta.request_id]
         return deltas
 
     def stats(self) -> EngineStats:
-        return EngineStats(num_running=len(self._running), num_blocks_used=len(self._running), num_blocks=64, num_steps=self.num_steps)
+        num_running = min(len(self._running), self.info.max_num_seqs)
+        return EngineStats(
+            num_running=num_running,
+            num_waiting=len(self._running) - num_running,
+            num_blocks_used=len(self._running),
+            num_blocks=64,
+            num_steps=self.num_steps,
+        )
 
     def _advance(self, generation: Generation) -> TokenDelta:
         """The next scores of the prompt while there are some, then the next token."""

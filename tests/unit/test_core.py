@@ -257,7 +257,10 @@ def test_a_prefix_that_was_computed_before_is_not_computed_again() -> None:
     core, runner = scripted_core(engine_config(max_num_batched_tokens=64))
     first, longer = request("a", *range(3, 23)), request("b", *range(3, 33))
 
-    deltas = [run_until_idle(core) for each in (first, longer, first) if core.submit(each) is None]
+    deltas: list[dict[str, list[TokenDelta]]] = []
+    for each in (first, longer, first):
+        core.submit(each)
+        deltas.append(run_until_idle(core))
 
     assert [each["ab"[n % 2]][-1].num_cached_tokens for n, each in enumerate(deltas)] == [0, 20, 19]
     assert [batch.items[0].num_tokens for batch in runner.batches if batch.items[0].start < 20] == [20, 1]

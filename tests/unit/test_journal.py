@@ -214,6 +214,44 @@ def test_a_trial_ends_when_its_last_suspect_is_aborted():
     assert ids(journal.due()) == ["b"]
 
 
+def test_who_only_waits_in_an_engine_has_no_part_in_its_death():
+    journal = Journal()
+    _, bad = open_in(journal, "bad")
+    for name in ("waiting", "unheard of"):
+        open_in(journal, name)
+    for _ in range(2):
+        journal.due()
+        journal.queued(["bad", "waiting", "gone"])
+        journal.begun(["bad"])
+        journal.engine_died()
+
+    assert ids(journal.due()) == ["bad"]
+    journal.engine_died()
+    assert bad.end is EngineDiedError
+    assert ids(journal.due()) == ["unheard of"], "its submission may have ended them"
+    journal.record([delta("unheard of", 1, finish=FinishReason.STOP)])
+    assert ids(journal.due()) == ["waiting"]
+    assert not journal.is_searching
+
+
+def test_suspects_that_only_wait_are_tried_after_those_that_have_begun():
+    journal = Journal()
+    notes = {name: open_in(journal, name)[1] for name in "abcd"}
+    for _ in range(2):
+        journal.due()
+        journal.engine_died()
+    assert ids(journal.due()) == ["a", "b"]
+    journal.queued(["a", "b"])
+    journal.begun(["b"])
+
+    journal.engine_died()
+
+    assert ids(journal.due()) == ["b"]
+    journal.engine_died()
+    assert notes["b"].end is EngineDiedError
+    assert ids(journal.due()) == ["a"]
+
+
 class JournalUnderFaults(RuleBasedStateMachine):
     """Engines come and go, requests of four kinds come and leave; the model is a list of what each reader must have got."""
 

@@ -5,10 +5,12 @@ from fake_core import engine_options, options_info
 from engine.errors import TransportError
 from engine.messages import (
     Abort,
+    Begun,
     Configure,
     Deltas,
     Failed,
     Prepare,
+    Queued,
     Ready,
     Refused,
     Report,
@@ -69,6 +71,8 @@ def test_what_the_server_says_arrives_as_it_was(message):
         Ready(options_info(engine_options())),
         Failed("no weights"),
         Refused("cmpl-1", "too long"),
+        Queued(["cmpl-1", "cmpl-2"]),
+        Begun(["cmpl-1"]),
         Deltas([FULL_DELTA, TokenDelta(request_id="b")], EngineStats(num_running=2)),
     ],
 )
