@@ -33,6 +33,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Match
 from starlette.types import Scope
 
 from engine.errors import EngineDiedError, NoEngineError, RequestError
@@ -321,7 +322,7 @@ async def _answer_known(request: Request, error: Exception) -> Response:
 async def _answer_http(request: Request, error: Exception) -> Response:
     """Unknown routes and methods, which the router reports."""
     assert isinstance(error, HTTPException)
-    allowed = (error.headers or {}).get("Allow")
+    allowed = ", ".join(_methods_here(request)) if error.status_code == 405 else ""
     if error.status_code == 405 and request.method == "OPTIONS" and allowed:
         return Response(status_code=204, headers={"allow": f"{allowed}, OPTIONS"})
     told = ApiError(_http_message(request, error.status_code))
@@ -330,6 +331,13 @@ async def _answer_http(request: Request, error: Exception) -> Response:
     if allowed:
         response.headers["allow"] = allowed
     return response
+
+
+def _methods_here(request: Request) -> list[str]:
+    """What the path answers, over all its routes: the router itself names those of the first alone."""
+    scopes = [{**request.scope, "method": method} for method in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")]
+    routes = request.app.router.routes
+    return [scope["method"] for scope in scopes if any(route.matches(scope)[0] is Match.FULL for route in routes)]
 
 
 def _http_message(request: Request, status: int) -> str:

@@ -1,6 +1,7 @@
 """API keys at the edge: with one set, liveness and readiness alone answer without it, however the path is written."""
 
 import json
+import re
 import socket
 from collections.abc import Iterator
 from dataclasses import replace
@@ -8,10 +9,10 @@ from pathlib import Path
 
 import httpx
 import pytest
+from app_routes import routes_of
 from fake_engine import FakeEngineClient, tiny_config
 from fastapi import FastAPI
 from live_server import serve_in_thread
-from starlette.routing import BaseRoute, Route
 from tiny_tokenizer import tiny_tokenizer
 
 from engine.errors import ConfigError
@@ -58,31 +59,20 @@ def address(app: FastAPI, limits: Limits) -> Iterator[tuple[str, int]]:
         yield "127.0.0.1", httpx.URL(url).port or 0
 
 
-def routes_below(routes: list[BaseRoute]) -> list[Route]:
-    """Every route of the application with its path and methods, those of included routers among them."""
-    found: list[Route] = []
-    for route in routes:
-        if isinstance(route, Route):
-            found.append(route)
-        else:
-            found += routes_below(route.original_router.routes)  # pyright: ignore[reportAttributeAccessIssue]
-    return found
-
-
 def is_refused_for_its_key(response: httpx.Response) -> bool:
     assert (response.status_code == 401) == (response.headers.get("www-authenticate") == "Bearer")
     return response.status_code == 401
 
 
 async def test_of_all_routes_only_liveness_and_readiness_answer_without_a_key(http: httpx.AsyncClient, app: FastAPI):
-    paths = {route.path for route in routes_below(app.routes)}
+    paths = set(routes_of(app))
     assert {"/v1/completions", "/v1/models", "/v1/models/{model_id:path}", "/metrics", "/livez", "/openapi.json"} <= paths
 
     open_ones = set()
     for path in sorted(paths):
         for method in METHODS:
             for headers in ({}, {"authorization": "Bearer wrong"}):
-                answer = await http.request(method, path.replace("{model_id:path}", "tiny"), headers=headers)
+                answer = await http.request(method, re.sub(r"\{.*?\}", "tiny", path), headers=headers)
                 if not is_refused_for_its_key(answer):
                     open_ones.add((method, path))
 

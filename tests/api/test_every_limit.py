@@ -56,37 +56,37 @@ OF_ONE_REQUEST: dict[str, tuple[int, str | None, Callable[[int], dict[str, Any]]
 
 # limit: the tests elsewhere that try it at the cap and past it
 ELSEWHERE: dict[str, list[str]] = {
-    "max_connections": ["api/test_connections.py::test_connections_are_served_up_to_the_cap_and_refused_past_it"],
-    "max_pipelined": ["api/test_connections.py::test_requests_are_taken_in_advance_up_to_the_limit_and_not_past_it"],
+    "max_connections": ["test_connections.py::test_connections_are_served_up_to_the_cap_and_refused_past_it"],
+    "max_pipelined": ["test_connections.py::test_requests_are_taken_in_advance_up_to_the_limit_and_not_past_it"],
     "write_timeout_s": [
-        "api/test_connections.py::test_an_answer_that_nobody_reads_ends_and_frees_what_it_runs",
-        "api/test_connections.py::test_a_client_that_takes_enough_in_time_is_served_on",
+        "test_connections.py::test_an_answer_that_nobody_reads_ends_and_frees_what_it_runs",
+        "test_connections.py::test_a_client_that_takes_enough_in_time_is_served_on",
     ],
     "max_header_bytes": [
-        "api/test_http_edge.py::test_headers_are_taken_below_the_limit_and_refused_past_it",
-        "api/test_http_edge.py::test_headers_without_end_are_refused_while_they_come",
+        "test_http_edge.py::test_headers_are_taken_below_the_limit_and_refused_past_it",
+        "test_http_edge.py::test_headers_without_end_are_refused_while_they_come",
     ],
-    "max_body_bytes": ["api/test_http_edge.py::test_a_body_is_taken_at_the_limit_and_refused_past_it"],
+    "max_body_bytes": ["test_http_edge.py::test_a_body_is_taken_at_the_limit_and_refused_past_it"],
     "body_timeout_s": [
-        "api/test_http_edge.py::test_a_body_that_comes_too_slowly_is_408",
-        "api/test_http_edge.py::test_headers_that_come_too_slowly_are_408",
+        "test_http_edge.py::test_a_body_that_comes_too_slowly_is_408",
+        "test_http_edge.py::test_headers_that_come_too_slowly_are_408",
     ],
-    "max_messages": ["api/test_chat.py::test_messages_and_their_rendered_length_are_bounded"],
-    "max_rendered_chars": ["unit/test_chat_template.py::test_a_conversation_may_be_as_long_as_the_limit_and_not_one_character_longer"],
-    "max_grammar_chars": ["unit/test_grammar_check.py::test_a_grammar_at_the_cap_of_its_size_is_checked_and_one_past_it_is_not"],
-    "grammar_timeout_s": ["unit/test_grammar_check.py::test_more_time_and_memory_let_more_through"],
-    "grammar_memory_bytes": ["unit/test_grammar_check.py::test_more_time_and_memory_let_more_through"],
-    "max_queued_grammars": ["unit/test_grammar_check.py::test_more_grammars_than_may_wait_are_told_to_come_again"],
-    "max_queued_sequences": ["api/test_admission.py::test_sequences_are_let_in_up_to_the_capacity_and_not_past_it"],
+    "max_messages": ["test_chat.py::test_messages_and_their_rendered_length_are_bounded"],
+    "max_rendered_chars": ["test_chat_template.py::test_a_conversation_may_be_as_long_as_the_limit_and_not_one_character_longer"],
+    "max_grammar_chars": ["test_grammar_check.py::test_a_grammar_at_the_cap_of_its_size_is_checked_and_one_past_it_is_not"],
+    "grammar_timeout_s": ["test_grammar_check.py::test_more_time_and_memory_let_more_through"],
+    "grammar_memory_bytes": ["test_grammar_check.py::test_more_time_and_memory_let_more_through"],
+    "max_queued_grammars": ["test_grammar_check.py::test_more_grammars_than_may_wait_are_told_to_come_again"],
+    "max_queued_sequences": ["test_admission.py::test_sequences_are_let_in_up_to_the_capacity_and_not_past_it"],
     "max_queued_tokens": [
-        "api/test_load_limits.py::test_worst_case_tokens_are_let_in_up_to_what_cache_and_queue_hold_and_not_past_it",
+        "test_load_limits.py::test_worst_case_tokens_are_let_in_up_to_what_cache_and_queue_hold_and_not_past_it",
     ],
-    "max_tenant_sequences": ["api/test_load_limits.py::test_a_tenant_has_sequences_open_up_to_its_quota_and_not_past_it"],
-    "max_tenant_tokens": ["api/test_load_limits.py::test_a_tenant_has_worst_case_tokens_open_up_to_its_quota_and_not_past_it"],
-    "retry_after_s": ["api/test_admission.py::test_a_full_server_says_when_to_come_back_and_takes_the_next_when_there_is_room"],
-    "max_stored_responses": ["unit/test_response_store.py::test_as_many_responses_as_the_cap_are_kept_and_one_more_drops_the_oldest"],
-    "max_stored_bytes": ["unit/test_response_store.py::test_as_many_bytes_as_the_cap_are_kept_and_one_more_drops_the_oldest"],
-    "keep_alive_s": ["api/test_completion_streams.py::test_silence_is_filled_with_comments"],
+    "max_tenant_sequences": ["test_load_limits.py::test_a_tenant_has_sequences_open_up_to_its_quota_and_not_past_it"],
+    "max_tenant_tokens": ["test_load_limits.py::test_a_tenant_has_worst_case_tokens_open_up_to_its_quota_and_not_past_it"],
+    "retry_after_s": ["test_admission.py::test_a_full_server_says_when_to_come_back_and_takes_the_next_when_there_is_room"],
+    "max_stored_responses": ["test_response_store.py::test_as_many_responses_as_the_cap_are_kept_and_one_more_drops_the_oldest"],
+    "max_stored_bytes": ["test_response_store.py::test_as_many_bytes_as_the_cap_are_kept_and_one_more_drops_the_oldest"],
+    "keep_alive_s": ["test_completion_streams.py::test_silence_is_filled_with_comments"],
 }
 
 HERE = {"max_headers", "max_all_body_bytes", "max_discarded_bytes", "max_message_chars", "max_ignored_fields"}
@@ -200,6 +200,7 @@ def test_every_limit_is_tried_at_the_cap_and_past_it():
 @pytest.mark.parametrize("name", ELSEWHERE)
 def test_the_tests_of_a_limit_exist(name: str):
     for place in ELSEWHERE[name]:
-        path, _, function = place.partition("::")
-        tree = ast.parse((TESTS / path).read_text())
+        name, _, function = place.partition("::")
+        (path,) = TESTS.glob(f"*/{name}")
+        tree = ast.parse(path.read_text())
         assert function in {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}, place

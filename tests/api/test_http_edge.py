@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from app_routes import routes_of
 from fake_engine import FakeEngineClient
 from fastapi import FastAPI
 from live_server import serve_in_thread
@@ -78,6 +80,20 @@ async def test_allow_names_both_methods_of_what_can_be_read(http: httpx.AsyncCli
     assert set(options.headers["allow"].split(", ")) == {"GET", "HEAD", "OPTIONS"}
     assert refused.status_code == 405
     assert set(refused.headers["allow"].split(", ")) == {"GET", "HEAD"}
+
+
+async def test_every_route_answers_options_and_refuses_other_methods_in_the_envelope(http: httpx.AsyncClient, app: FastAPI):
+    for template, methods in routes_of(app).items():
+        path = re.sub(r"\{.*?\}", "tiny", template)
+        options = await http.options(path)
+        refused = await http.request("PROPFIND", path)
+
+        assert options.status_code == 204, path
+        assert methods < set(options.headers["allow"].split(", ")), path
+        assert refused.status_code == 405, path
+        assert refused.headers["x-should-retry"] == "false"
+        assert refused.headers["x-request-id"]
+        assert refused.json().get("type") == "error" if path.startswith("/v1/messages") else checked_error(refused)
 
 
 @pytest.mark.parametrize("path", ["/v1/models/", "/v1//models", "/v1/models//"])

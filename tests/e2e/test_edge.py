@@ -109,6 +109,18 @@ def test_the_limits_are_logged_at_the_start(tmp_path: Path):
     assert (limits["max_connections"], limits["max_body_bytes"], limits["max_tenant_tokens"]) == (77, 1 << 20, None)
 
 
+@pytest.mark.parametrize(("start", "status", "complaint"), [("fail", 2, "a shopping list"), ("crash", 3, "3 times in a row")])
+def test_the_exit_status_tells_whether_the_engine_said_why_it_cannot_start_or_ended_again_and_again(
+    start: str, status: int, complaint: str
+):
+    command = [sys.executable, ROOT / "tests/support/fake_engine_server.py", ROOT / "tests/data/tiny-a", "--start", start]
+
+    server = subprocess.run(command, capture_output=True, text=True, timeout=60, env=os.environ | {"GROK_SERVER_ENGINE_STANDBY": "false"})
+
+    assert server.returncode == status
+    assert complaint in server.stderr.splitlines()[-1]
+
+
 def num_files(pid: int) -> int:
     return len(os.listdir(f"/proc/{pid}/fd"))
 
