@@ -173,7 +173,7 @@ def run_engine(channel: BlockingChannel, *, builder: Builder, on_disconnect: Cal
     configure = inbox.get()
     if isinstance(configure, Prepare):
         with _first_to_go():
-            with suppress(EngineError):  # told when it is built
+            with suppress(EngineError), _signs_of_life(channel):  # an error is told when it is built
                 builder.prepare(configure.options, backend=configure.backend)
             _settle_memory()
             configure = inbox.get()

@@ -2,12 +2,15 @@
 
 jax writes an entry in place and never writes over one, so a damaged entry would be read in vain, and its program compiled, at every start.
 `engine/build.py` switches the cache on, and calls this after a start that had to compile something.
+
+It knows entries that zlib compressed, as jax does with the packages that this project depends on. Where zstandard is installed, and from
+Python 3.14 on, jax uses that, and entries that end too early stay.
 """
 
 import zlib
 from pathlib import Path
 
-_ZLIB = 0x78  # first byte of what zlib compressed; jax uses zstandard instead where that is installed
+_ZLIB = 0x78  # first byte of what zlib compressed
 _PIECE_BYTES = 1 << 20
 
 

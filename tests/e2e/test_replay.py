@@ -53,6 +53,14 @@ def engine_pid(server_pid: int, *, program: str = "engine") -> int:
     return min(engines, key=start_ticks, default=0)
 
 
+def kill_engine(server_pid: int, signum: signal.Signals = signal.SIGKILL, *, program: str = "engine") -> int:
+    """Returns its pid."""
+    pid = engine_pid(server_pid, program=program)
+    assert pid, "there is no engine, and a signal to 0 would go to the tests themselves"
+    os.kill(pid, signum)
+    return pid
+
+
 async def with_fake_engine(check: Callable[[Supervisor], Awaitable[None]], *, stall_timeout_s: float = 30.0) -> None:
     """Run `check` beside a supervised engine that is ready; each of its steps takes 5 ms."""
     supervisor = Supervisor(engine_options(), watcher=Deaf(), command=FAKE_ENGINE, stall_timeout_s=stall_timeout_s)
@@ -95,7 +103,7 @@ async def test_no_stream_loses_or_repeats_a_token_when_the_engine_dies_or_hangs(
             for _ in range(3 if signum == signal.SIGKILL else 1):
                 await until_ready(supervisor)
                 await anyio.sleep(moments.uniform(0.02, 0.25))
-                os.kill(engine_pid(os.getpid(), program=FAKE_ENGINE[1]), signum)
+                kill_engine(os.getpid(), signum, program=FAKE_ENGINE[1])
                 with anyio.fail_after(30):
                     while supervisor.client.is_ready:
                         await anyio.sleep(0.005)
@@ -188,8 +196,7 @@ async def kill_again_and_again(server: RunningServer, client: httpx.AsyncClient)
     for _ in range(NUM_KILLS):
         await until_served(client)
         await anyio.sleep(moments.uniform(0.1, 1.5))
-        killed = engine_pid(server.pid)
-        os.kill(killed, signal.SIGKILL)
+        killed = kill_engine(server.pid)
         killed_s = time.monotonic()
         with anyio.fail_after(60):
             while engine_pid(server.pid) in (0, killed):
