@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from llguidance import LLMatcher
+from pydantic import ConfigDict, TypeAdapter
 
 from server.errors import InvalidRequest, shown
 from server.limits import Limits
@@ -22,7 +23,11 @@ from server.schemas.structured import ResponseFormat, StructuredFields, Structur
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions  # only its stubs have it
 
+CHOICE_SEPARATOR = " | "
 ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
+
+_as_json = json.JSONEncoder()
+_schemas = TypeAdapter(Mapping[str, Any], config=ConfigDict(ser_json_inf_nan="constants"))  # many times as fast as the standard library
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +91,7 @@ def json_grammar(
     if whitespace_pattern is not None:
         options["whitespace_pattern"] = whitespace_pattern
     try:
-        text = schema if isinstance(schema, str) else json.dumps(schema)
+        text = schema if isinstance(schema, str) else _schemas.dump_json(schema).decode()
         check_num_chars(len(text), param=param, limits=limits)
         return LLMatcher.grammar_from_json_schema(text, overrides=options)
     except (ValueError, RecursionError) as error:
@@ -95,7 +100,7 @@ def json_grammar(
 
 def choice_grammar(choices: Iterable[str]) -> str:
     """The text is one of these strings. One terminal for all of them: thousands of alternatives in a rule are too many for the parser."""
-    return LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {' | '.join(map(json.dumps, choices))}")
+    return LLMatcher.grammar_from_lark("start: CHOICE\nCHOICE: " + CHOICE_SEPARATOR.join(map(_as_json.encode, choices)))
 
 
 def _constraints(body: StructuredFields) -> Iterable[tuple[str, Any]]:
@@ -164,7 +169,7 @@ def _of_kind(
     kind: str, content: Any, *, param: str, limits: Limits, has_whitespace: bool = True, whitespace_pattern: str | None = None
 ) -> str:
     if kind == "choice":
-        check_num_chars(sum(map(len, content)) + len(content), param=param, limits=limits)
+        check_num_chars(sum(map(len, content)) + len(CHOICE_SEPARATOR) * len(content), param=param, limits=limits)
         return choice_grammar(content)
     if kind in ("json", "json_object"):
         schema = ANY_OBJECT if kind == "json_object" else cast("dict[str, Any] | str", content)

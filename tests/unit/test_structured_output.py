@@ -237,11 +237,11 @@ def test_a_wrong_type_is_the_fields_own(field: str, value: Any):
 @pytest.mark.parametrize(
     ("field", "at_cap", "past_it"),
     [
-        ("guided_json", {"title": "x" * 87}, {"title": "x" * 88}),
+        ("guided_json", {"title": "x" * 88}, {"title": "x" * 89}),
         ("guided_json", json.dumps({"title": "x" * 87}), json.dumps({"title": "x" * 88})),
         ("guided_regex", "x" * 100, "x" * 101),
         ("guided_grammar", 'start: "a"'.ljust(100), 'start: "a"'.ljust(101)),
-        ("guided_choice", ["x" * 48, "y" * 50], ["x" * 49, "y" * 50]),
+        ("guided_choice", ["x" * 44, "y" * 50], ["x" * 45, "y" * 50]),
     ],
 )
 def test_what_is_too_large_is_refused_before_it_is_translated(field: str, at_cap: Any, past_it: Any):
