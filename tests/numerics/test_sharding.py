@@ -42,6 +42,16 @@ REQUESTS = [
     for i, prompt in enumerate(PROMPTS)
 ]
 
+ALLOWED = (1, 33, 64, 96, 130)
+BANNED_PAIRS = [([token], token) for token in ALLOWED]
+FEW_ALLOWED = GenerationRequest(
+    request_id="few allowed",
+    prompt_token_ids=tuple(PROMPTS[1]),
+    sampling=replace(
+        REQUESTS[1].sampling, prompt_logprobs=None, allowed_token_ids=ALLOWED, bad_words=tuple((token, token) for token in ALLOWED)
+    ),
+)
+
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -71,6 +81,14 @@ def assert_answers_are_right(found: dict[str, Answer], model_dir: Path) -> None:
         assert answer.token_ids == expected[len(prompt) - 1 :].argmax(axis=-1).tolist()
 
 
+def assert_choices_are_allowed(answer: Answer) -> None:
+    """Each token the likeliest of those that are allowed and complete no run that is not."""
+    for position, entry in enumerate(answer.logprobs):
+        logprobs = by_id(entry)
+        allowed = [token for token in ALLOWED if (answer.token_ids[position - 1 : position], token) not in BANNED_PAIRS]
+        assert answer.token_ids[position] == max(allowed, key=lambda token: logprobs[token])
+
+
 def by_id(entry: TokenLogprob) -> list[float]:
     return [logprob for _, logprob in sorted(entry.top)]
 
@@ -80,6 +98,7 @@ def test_an_engine_on_eight_devices_answers_as_the_reference_does(model_dir: Pat
 
     assert core.info.num_devices == 8
     assert_answers_are_right(finish(core, REQUESTS), model_dir)
+    assert_choices_are_allowed(finish(core, [FEW_ALLOWED, REQUESTS[0]])[FEW_ALLOWED.request_id])
 
 
 def test_int8_weights_split_over_experts_and_widths_give_the_logits_of_the_reference(model_dir: Path):
