@@ -58,7 +58,8 @@ class ResponsePlan(ConversationPlan):
     """The plan of a response, with what its answer repeats and what is kept of it."""
 
     request: ResponsesRequest
-    items: tuple[Item, ...]  # the whole conversation before the answer, that of earlier responses included
+    items: tuple[Item, ...]  # the whole conversation before the answer
+    previous: tuple[bytes, ...]  # of them, those of earlier responses, as they are stored
     owner: str  # whose store it goes to
 
 
@@ -93,7 +94,7 @@ async def check_response(body: ResponsesRequest, terms: Terms, services: Service
     shared: dict[str, Any] = {field.name: getattr(plan, field.name) for field in fields(plan)}
     shared["tenant"] = terms.key_tenant or tenant_of(body.user or body.safety_identifier)
     shared["max_tokens_param"] = "max_output_tokens"
-    return ResponsePlan(**shared, request=body, items=items, owner=terms.key_tenant)
+    return ResponsePlan(**shared, request=body, items=items, previous=previous, owner=terms.key_tenant)
 
 
 def _previous(response_id: str | None, *, store: ResponseStore, owner: str) -> tuple[bytes, ...]:

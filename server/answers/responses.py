@@ -138,10 +138,11 @@ class ResponseAnswer(Answer):
     def _keep(self, content: bytes) -> None:
         if not self._plan.request.store:
             return
+        previous = self._plan.previous
         response = StoredResponse(
             id=self.id,
             body=content,
-            input=tuple(map(msgspec.json.encode, self._plan.items)),
+            input=(*previous, *map(msgspec.json.encode, self._plan.items[len(previous) :])),
             output={item.id: msgspec.json.encode(_without_logprobs(item)) for item in self._output.items},
         )
         self._store.put(response, tenant=self._plan.owner)
