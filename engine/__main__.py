@@ -38,6 +38,7 @@ from engine.config import EngineConfig, EngineOptions
 from engine.constraints import Grammars
 from engine.errors import EngineError, RequestError, TransportError
 from engine.grammar import GrammarMatcher, GrammarTokenizer
+from engine.host_memory import host_memory_bytes
 from engine.messages import (
     Abort,
     Begun,
@@ -237,7 +238,7 @@ def _resolve(options: EngineOptions) -> EngineConfig:
 
     backend = jax.default_backend()
     if backend == "cpu":
-        free_bytes = options.default_cpu_cache_bytes(memory_bytes=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+        free_bytes = options.default_cpu_cache_bytes(memory_bytes=host_memory_bytes())
     else:
         free_bytes = _free_bytes(options, jax.local_devices()[0].memory_stats() or {})
     return options.resolve(backend=backend, free_bytes=free_bytes)
