@@ -32,6 +32,12 @@ from server.grammar_messages import HEADER, MAX_REASON_CHARS, Answer, frame, pay
 NUM_WALK_STEPS = 16
 STACK_BYTES = 2**20
 NICENESS = 5
+_IN_OTHER_WORDS = {  # what clients can do about it
+    " <non-verbose/>": "",
+    ". Enable 'coerce_one_of' option to approximate oneOf with anyOf": " where branches overlap: use anyOf;",
+    "consider making your grammar left-recursive if it's right-recursive": "too much may follow at one place: let fewer properties be "
+    "optional, write alternatives as one terminal, and repetitions left-recursively",
+}
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -80,8 +86,9 @@ def _readable(reason: str) -> str:
     """llguidance's reason without what only its developers know."""
     if reason.startswith("NoExtension"):
         return "no text matches it"
-    reason = reason.removesuffix("<non-verbose/>").rstrip()
-    return reason.replace(". Enable 'coerce_one_of' option to approximate oneOf with anyOf", " where branches overlap: use anyOf;")
+    for theirs, ours in _IN_OTHER_WORDS.items():
+        reason = reason.replace(theirs, ours)
+    return reason
 
 
 def serve(connection: socket.socket, tokenizer: GrammarTokenizer, *, cpu_s: float, memory_bytes: int) -> None:

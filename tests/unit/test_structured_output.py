@@ -313,6 +313,17 @@ def test_what_is_neither_lark_nor_ebnf_is_told_so():
     assert "'missing' not found" in reason
 
 
+def test_an_object_may_have_hundreds_of_properties_but_not_all_of_them_optional():
+    properties = {f"p{index}": {"type": "string"} for index in range(400)}
+
+    required, optional = (of(guided_json={"type": "object", "properties": properties, "required": names}) for names in ([*properties], []))
+
+    assert required is not None
+    assert optional is not None
+    assert judge(grammar_tokenizer(), required.text).reason is None
+    assert "let fewer properties be optional" in (judge(grammar_tokenizer(), optional.text).reason or "")
+
+
 def test_the_verdict_and_the_engine_agree():
     grammar = of(guided_regex="[")
 
