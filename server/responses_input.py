@@ -18,6 +18,7 @@ from server.chat_plan import ConversationPlan, plan_of_conversation
 from server.conversation import Conversation, Role, Tool, ToolCall, ToolChoice, Turn
 from server.errors import InvalidRequest, PreviousResponseNotFound, ResponseNotFound, shown
 from server.plan import Terms, check_logprobs, tenant_of
+from server.preprocess import INLINE_BYTES
 from server.response_store import ResponseStore
 from server.schemas.responses import (
     LOGPROBS_INCLUDED,
@@ -79,7 +80,8 @@ async def check_response(body: ResponsesRequest, terms: Terms, services: Service
         items = (*map(_item_decoder.decode, previous), *new_items(body.input, referred=referred, request_id=request_id))
         return items, _conversation_of(body, items)
 
-    is_small = len(previous) + sum(1 + len(item.content or ()) + len(item.output or ()) for item in body.input) <= INLINE_PARTS
+    num_parts = len(previous) + sum(1 + len(item.content or ()) + len(item.output or ()) for item in body.input)
+    is_small = num_parts <= INLINE_PARTS and sum(map(len, previous)) <= INLINE_BYTES
     items, asked = conversation() if is_small else await asyncio.to_thread(conversation)
     plan = await plan_of_conversation(
         body,

@@ -83,6 +83,15 @@ def test_an_earlier_response_can_be_gone_on_from_without_new_input(sdk: openai.O
     assert prompt_text(engine).endswith("Assistant: Hello world!<|separator|>\n\nAssistant:")
 
 
+async def test_a_long_conversation_is_gone_on_from(http: httpx.AsyncClient, engine: FakeEngineClient):
+    engine.info = replace(engine_info(), max_model_len=200_000, num_blocks=100_000)
+    first = await respond(http, input="x" * 100_000)
+
+    await respond(http, input="Again", previous_response_id=first["id"])
+
+    assert prompt_text(engine).startswith(f"Human: {'x' * 100_000}<|separator|>\n\nAssistant: Hello world!<|separator|>")
+
+
 def test_two_responses_may_go_on_from_the_same_one(sdk: openai.OpenAI, engine: FakeEngineClient):
     first = sdk.responses.create(model="tiny", input="Hi")
     sdk.responses.create(model="tiny", input="Left", previous_response_id=first.id)
