@@ -4,9 +4,9 @@ A `Constraint` is made for a sequence with a grammar, allowed tokens, or token r
 the mask for the next token. Some masks never change; the rest depend on the tokens before, so the host has to see these first.
 
 Compiling a grammar can take seconds and one mask of a hostile grammar a tenth of a second, while other sequences want their next step. So
-whatever has a grammar is worked on in the threads of `Grammars`: a few for compiling, a few for masks, and one more for masks of those
-whose last one took long, so that nobody else's waits behind them. The core hands work over and takes back what is done. It waits a moment
-for masks that come soon; the others' sequences sit out a step.
+whatever has a grammar is worked on in the threads of `Grammars`: a few for compiling, a few for masks, and one more for those that had a
+slow mask lately, so that nobody else's waits behind them. The core hands work over and takes back what is done. It waits a moment for masks
+that come soon; the others' sequences sit out a step.
 
 What wins where rules contradict each other: a grammar that nothing may follow ends the sequence, whatever `min_tokens` and `ignore_eos`
 say; so does one that is whole where no token is left to go on with. Otherwise no token left is an end by `FinishReason.GRAMMAR`.
@@ -16,7 +16,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from queue import Empty, SimpleQueue
 from typing import Protocol
 
@@ -28,7 +28,8 @@ from engine.stop import end_token_ids
 from engine.types import FinishReason, GenerationRequest
 
 PATIENCE_S = 0.01  # how long the choice of a step waits for masks, at most; the device computes meanwhile
-QUICK_S = 0.002  # a mask that took longer counts as slow
+QUICK_S = 0.005  # a mask that took longer is a slow one
+NUM_SLOW = 8  # masks after a slow one that count as slow, too
 NUM_COMPILE_THREADS = 2
 MAX_QUICK_THREADS = 4
 
@@ -62,13 +63,17 @@ class Constraint:
         sampling = request.sampling
         self.grammar = request.grammar
         self.finish: FinishReason | None = None  # nothing may follow
-        self.took_s = 0.0  # of a thread, to find `words` the last time
-        self._runs = [run for run in sampling.bad_words if len(run) > 1]
-        self._recent = deque[int](maxlen=max((len(run) for run in self._runs), default=1) - 1)  # output
+        self._num_slow = 0  # masks that count as slow from now on
+        self._runs: dict[int, list[tuple[int, ...]]] = {}  # banned, by their last token but one
+        for run in sampling.bad_words:
+            if len(run) > 1:
+                self._runs.setdefault(run[-2], []).append(run)
+        longest = max((len(run) for run in sampling.bad_words), default=1)
+        self._recent = deque[int](maxlen=longest - 1)  # output
         self._num_output_tokens = 0
         self._min_tokens = sampling.min_tokens
         self._ends = words_of(end_token_ids(sampling, eos_token), vocab_size=vocab_size)
-        self._allowed = words_of(sampling.allowed_token_ids or range(vocab_size), vocab_size=vocab_size)
+        self._allowed = words_of(sampling.allowed_token_ids or slice(vocab_size), vocab_size=vocab_size)
         self._allowed &= ~words_of([run[0] for run in sampling.bad_words if len(run) == 1], vocab_size=vocab_size)
         self._matcher: Matcher | None = None
         self.words = self._allowed  # never written to: a launch may still read it
@@ -82,8 +87,8 @@ class Constraint:
 
     @property
     def is_slow(self) -> bool:
-        """Whether the last mask took so long that nobody should wait for the next."""
-        return self.took_s >= QUICK_S
+        """Whether a mask lately took so long that nobody should wait for the next."""
+        return self._num_slow > 0
 
     def start(self, compile_grammar: Callable[[str], Matcher] | None, output_token_ids: Iterable[int]) -> None:
         """Compile the grammar, if there is one, and go on behind the tokens that were generated already."""
@@ -96,18 +101,18 @@ class Constraint:
             except GrammarError:
                 self.finish = FinishReason.GRAMMAR
                 return
-        start = time.thread_time()
-        for token in output_token_ids:
-            self._take(token)
-        self._decide()
-        self.took_s = time.thread_time() - start
+        self._go_on(output_token_ids)
 
     def advance(self, token: int) -> None:
         """Take the next token, and find what may follow it."""
-        start = time.thread_time()
-        self._take(token)
+        self._go_on((token,))
+
+    def _go_on(self, token_ids: Iterable[int]) -> None:
+        start_s = time.thread_time()
+        for token in token_ids:
+            self._take(token)
         self._decide()
-        self.took_s = time.thread_time() - start
+        self._num_slow = NUM_SLOW if time.thread_time() - start_s > QUICK_S else max(0, self._num_slow - 1)
 
     def _take(self, token: int) -> None:
         self._num_output_tokens += 1
@@ -119,9 +124,10 @@ class Constraint:
         """Set `words`, or `finish` where no token is left to go on with."""
         permitted = self._allowed.copy()
         recent = tuple(self._recent)
-        for run in self._runs:
+        for run in self._runs.get(recent[-1], ()) if recent else ():
             if recent[1 - len(run) :] == run[:-1]:
-                permitted &= ~words_of(run[-1:], vocab_size=32 * len(permitted))
+                word, bit = divmod(run[-1], 32)
+                permitted.view(np.uint32)[word] &= np.uint32(0xFFFF_FFFF ^ 1 << bit)
         words, is_whole = permitted, False
         if self._matcher is not None:
             following = np.zeros_like(permitted)
@@ -148,7 +154,7 @@ class Grammars:
         self._compile = compile_grammar
         self._done: SimpleQueue[tuple[Constraint, BaseException | None]] = SimpleQueue()
         self._compilers = _Threads("grammar compiler", NUM_COMPILE_THREADS, self._done)
-        self._quick = _Threads("masks", min(MAX_QUICK_THREADS, max(1, (os.cpu_count() or 1) // 2)), self._done)
+        self._quick = _Threads("masks", min(MAX_QUICK_THREADS, max(2, (os.cpu_count() or 1) // 2)), self._done)
         self._slow = _Threads("slow masks", 1, self._done)
         self._awaited: set[Constraint] = set()  # whose mask comes soon
 
@@ -218,8 +224,8 @@ class _Threads:
                 self._done.put((constraint, None))
 
 
-def words_of(token_ids: Iterable[int], *, vocab_size: int) -> Words:
+def words_of(token_ids: Sequence[int] | slice, *, vocab_size: int) -> Words:
     """The mask that allows exactly these tokens."""
     bits = np.zeros(-(-vocab_size // 32) * 32, np.uint8)
-    bits[list(token_ids)] = 1
+    bits[token_ids if isinstance(token_ids, slice) else list(token_ids)] = 1
     return np.packbits(bits, bitorder="little").view(np.int32)
