@@ -6,7 +6,8 @@ payloads mean is `engine/messages.py`'s business.
 
 Memory stays bounded without queues of our own: the engine writes into the socket's buffer and waits when it is full, because a server that
 falls behind should slow the engine down; after `SEND_TIMEOUT_S` without a byte taken, the reader counts as gone. The server reads whenever
-bytes arrive and never waits for the engine, so that the two cannot block each other.
+bytes arrive and never waits for the engine, so that the two cannot block each other; it gives no further request to an engine that does
+not read (`is_congested`).
 """
 
 import asyncio
@@ -22,6 +23,7 @@ from engine.errors import TransportError
 
 PROTOCOL_VERSION = 1
 MAX_FRAME_BYTES = 64 << 20  # the largest message is a request of a full context, some hundred kilobytes
+MAX_UNSENT_BYTES = 1 << 20  # beside the kernel's buffers; the frame that reaches it is still taken
 SEND_TIMEOUT_S = 30
 
 log = logging.getLogger(__name__)
@@ -36,6 +38,11 @@ class Channel(Protocol):
 
     def send(self, payload: bytes) -> None:
         """Frames leave in the order of the calls. On a closed channel this does nothing: its end is told in another way."""
+        ...
+
+    @property
+    def is_congested(self) -> bool:
+        """So much waits here for the other side, `MAX_UNSENT_BYTES`, that what can wait elsewhere should."""
         ...
 
     def close(self) -> None: ...
@@ -140,9 +147,13 @@ class AsyncChannel(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
 
     def send(self, payload: bytes) -> None:
-        """Queues the frame; what waits here is bounded by how many requests the server admits."""
+        """Queues the frame, however many wait already: see `is_congested`."""
         if self._transport is not None and not self._transport.is_closing():
             self._transport.write(to_frame(payload))
+
+    @property
+    def is_congested(self) -> bool:
+        return self._transport is not None and self._transport.get_write_buffer_size() >= MAX_UNSENT_BYTES
 
     def close(self) -> None:
         if self._transport is not None:
@@ -194,6 +205,10 @@ class LoopbackChannel:
     def send(self, payload: bytes) -> None:
         if self._peer is not None:
             self._peer._arrived.append(to_frame(payload))
+
+    @property
+    def is_congested(self) -> bool:
+        return self._peer is not None and sum(map(len, self._peer._arrived)) >= MAX_UNSENT_BYTES
 
     def deliver(self, count: int | None = None) -> int:
         """Hand the first `count` frames, or all, to the handler; returns how many."""

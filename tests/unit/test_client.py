@@ -171,6 +171,27 @@ async def ready_engine(client: RemoteEngineClient) -> LocalEngine:
     return engine
 
 
+async def test_requests_given_up_while_the_engine_does_not_read_are_never_sent(client):
+    engine = await ready_engine(client)
+    prompt = tuple(range(7, 107)) * 1000
+
+    for number in range(200):
+        task = asyncio.create_task(collect(client, str(number), *prompt))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    task = asyncio.create_task(collect(client, "last", 5))
+    await asyncio.sleep(0)
+    num_frames = engine.channel.num_arrived
+    await engine.turn(20)
+
+    assert 2 < num_frames < 40, "a megabyte of prompts, and their aborts"
+    assert (await task)[-1].finish_reason is FinishReason.LENGTH
+    assert client.num_open == 0
+
+
 async def test_a_request_before_the_first_engine_is_ready_fails_at_once(client):
     LocalEngine(client)
 

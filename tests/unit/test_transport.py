@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from engine.errors import TransportError
 from engine.transport import (
     MAX_FRAME_BYTES,
+    MAX_UNSENT_BYTES,
     PROTOCOL_VERSION,
     BlockingChannel,
     FrameParser,
@@ -160,3 +161,23 @@ async def test_the_loopback_moves_nothing_until_asked_and_keeps_order():
     assert other.num_arrived == 0
     assert one.handler.closed.is_set()
     assert other.handler.closed.is_set()
+
+
+async def test_a_channel_is_congested_while_the_other_side_does_not_read():
+    ours, theirs = socket.socketpair()
+    with theirs:
+        channel = await open_channel(ours, Recorder())
+        payload = bytes(MAX_UNSENT_BYTES // 4)
+        num_sent = 0
+
+        while not channel.is_congested:
+            channel.send(payload)
+            num_sent += 1
+
+        assert 4 <= num_sent <= 40
+        theirs.settimeout(10)
+        num_read = 0
+        while num_read < num_sent * len(to_frame(payload)):
+            num_read += len(await anyio.to_thread.run_sync(theirs.recv, 1 << 20))
+        assert not channel.is_congested
+        channel.close()
