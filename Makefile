@@ -49,9 +49,10 @@ format: $(VENV)/.dev ## let ruff format and fix what it can
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
-bench: $(VENV)/.dev ## measure streams against the bare compiled step, the host's work per step, the prefix cache, masks
+bench: $(VENV)/.dev ## measure streams against the bare compiled step, the host's work per step, the prefix cache, overload, masks
 	$(BIN)/python -m benchmarks.host_step
 	$(BIN)/python -m benchmarks.prefix_cache
+	$(BIN)/python -m benchmarks.overload --null-device
 	$(BIN)/python -m benchmarks.structured
 	$(BIN)/python -m benchmarks.serving $(ARGS)
 
