@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 from llguidance import LLMatcher
 from pydantic import ConfigDict, TypeAdapter
 
+from server.closed_schema import closed_schema
 from server.errors import InvalidRequest, shown
 from server.limits import Limits
 from server.schemas.structured import ResponseFormat, StructuredFields, StructuredOutputs, TextFormat
@@ -77,7 +78,7 @@ def json_grammar(
 ) -> str:
     """llguidance's form of a JSON schema, given as an object or as its text.
 
-    Without `has_whitespace` there is none at all; a `whitespace_pattern` says what may stand wherever JSON allows whitespace. Raises
+    What is given as text is taken to the letter, an object is closed first. Without `has_whitespace` there is none at all; a `whitespace_pattern` says what may stand wherever JSON allows whitespace. Raises
     `InvalidRequest` for what is no object, or too large.
     """
     is_compact = has_whitespace and whitespace_pattern is None
@@ -91,7 +92,7 @@ def json_grammar(
     if whitespace_pattern is not None:
         options["whitespace_pattern"] = whitespace_pattern
     try:
-        text = schema if isinstance(schema, str) else _schemas.dump_json(schema).decode()
+        text = schema if isinstance(schema, str) else _schemas.dump_json(closed_schema(schema)).decode()
         check_num_chars(len(text), param=param, limits=limits)
         return LLMatcher.grammar_from_json_schema(text, overrides=options)
     except (ValueError, RecursionError) as error:

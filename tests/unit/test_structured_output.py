@@ -88,6 +88,17 @@ def test_json_has_one_space_after_commas_and_colons_and_no_other_whitespace():
     assert [lets_through(grammar, text) for text in (COMPACT, DENSE, AIRY)] == [True, False, False]
 
 
+def test_an_object_that_lists_its_properties_has_no_others_unless_its_schema_speaks_of_them():
+    listed = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]}
+    closed, open_ = (
+        of(response_format={"type": "json_schema", "json_schema": {"name": "point", "schema": schema}})
+        for schema in (listed, listed | {"additionalProperties": True})
+    )
+
+    assert lets_through(closed, '{"x": 1}')
+    assert [lets_through(grammar, '{"x": 1, "y": 2}') for grammar in (closed, open_)] == [False, True]
+
+
 def test_properties_come_in_the_order_of_the_schema():
     grammar = of(structured_outputs={"json": POINT})
 
