@@ -219,7 +219,7 @@ class RemoteEngineClient:
             self._on_ready(info)
 
     def _submit_due(self) -> None:
-        """Not to an engine that does not read: what its clients give up meanwhile need never be sent. Its next sign of life calls this again."""
+        """Not to an engine that does not read: what clients give up meanwhile need never be sent. Its next sign of life leads here."""
         if self._is_ready and self._channel is not None and self._journal.num_held and not self._channel.is_congested:
             for submit in self._journal.due():
                 self._channel.send(encode(submit))
