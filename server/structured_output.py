@@ -78,8 +78,8 @@ def json_grammar(
 ) -> str:
     """llguidance's form of a JSON schema, given as an object or as its text.
 
-    What is given as text is taken to the letter, an object is closed first. Without `has_whitespace` there is none at all; a `whitespace_pattern` says what may stand wherever JSON allows whitespace. Raises
-    `InvalidRequest` for what is no object, or too large.
+    What is given as text is taken to the letter, an object is closed first. Without `has_whitespace` there is none at all; a
+    `whitespace_pattern` says what may stand wherever JSON allows whitespace. Raises `InvalidRequest` for what is no object, or too large.
     """
     is_compact = has_whitespace and whitespace_pattern is None
     options: JsonCompileOptions = {
