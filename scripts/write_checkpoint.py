@@ -16,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.checkpoint.checkpoint import open_checkpoint, specs_in_file_order
+from engine.checkpoint.checkpoint import open_checkpoint
+from engine.checkpoint.released import specs_in_file_order
 from engine.checkpoint.save import quantized_tensors, random_tensors, save_checkpoint
 from engine.config import ModelConfig
 from engine.errors import CheckpointError, ConfigError, EngineError

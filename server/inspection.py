@@ -93,7 +93,7 @@ def _shape(sizes: list[int]) -> str:
 
 
 def _summary(totals: dict[str, Any]) -> str:
-    text = f"{totals['files']} tensors, {totals['params']:,} parameters, {readable_bytes(totals['bytes'])}"
+    text = f"{totals['tensors']} tensors, {totals['params']:,} parameters, {readable_bytes(totals['bytes'])}"
     if totals.get("row_parallel_scale_groups") is not None:
         text += f", {totals['row_parallel_scale_groups']} row-parallel scale groups"
     if verified := totals.get("verified"):

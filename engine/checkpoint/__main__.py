@@ -11,7 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from engine.checkpoint.checkpoint import HostTensor, open_checkpoint
+from engine.checkpoint.checkpoint import open_checkpoint
+from engine.checkpoint.tensors import HostTensor
 from engine.checkpoint.verify import verify
 from engine.config import read_model_config
 from engine.errors import EngineError
@@ -44,7 +45,9 @@ def inspect(model_dir: Path, *, is_verified: bool) -> None:
     _print(
         totals={
             "directory": str(checkpoint.directory),
-            "files": len(checkpoint.tensors),
+            "format": checkpoint.format,
+            "tensors": len(checkpoint.tensors),
+            "files": len(checkpoint.file_sizes),
             "params": checkpoint.num_params,
             "bytes": checkpoint.file_bytes,
             "row_parallel_scale_groups": checkpoint.row_parallel_scale_groups,
@@ -54,15 +57,14 @@ def inspect(model_dir: Path, *, is_verified: bool) -> None:
 
 
 def _print_tensor(tensor: HostTensor) -> None:
-    stored = tensor.stored
     _print(
         tensor={
             "file": tensor.path.name,
             "name": tensor.spec.name,
-            "dtype": stored.weight.dtype,
-            "shape": stored.weight.shape,
-            "scales": stored.scales.shape if stored.scales else None,
-            "bytes": stored.file_size,
+            "dtype": tensor.form,
+            "shape": tensor.spec.shape,
+            "scales": tensor.scales_source.shape if tensor.scales_source else None,
+            "bytes": tensor.num_bytes,
         }
     )
 

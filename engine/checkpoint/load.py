@@ -1,12 +1,13 @@
 """Checked files -> weights on the devices, each process reading only the slices that its devices need.
 
-On the CPU int8 matrices are turned into the compute dtype once, here: XLA would convert them again in every step. Elsewhere they stay int8
-beside their scales.
+On the CPU int8 and int4 matrices are turned into the compute dtype once, here: XLA would convert them again in every step. Elsewhere they
+stay as they are beside their scales.
 """
 
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from math import lcm, prod
 from typing import Any, cast
 
 import jax
@@ -15,16 +16,17 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from numpy.typing import NDArray
 
-from engine.checkpoint.checkpoint import Checkpoint, HostTensor
+from engine.checkpoint.dequantize import Index, read_slice
+from engine.checkpoint.tensors import Checkpoint, HostArray, HostTensor
 from engine.config import DType, ModelConfig
+from engine.errors import CheckpointError
 from engine.model.params import Params, ParamSpec, dtype_of, map_specs, param_specs
-from engine.model.quantized import QuantizedArray
+from engine.model.quantized import PackedInt4Array, QuantizedArray
 from engine.sharding import sharding_of
 from engine.types import Progress
 
 FILES_AT_ONCE = 2
 
-Index = tuple[slice, ...]
 Read = Callable[[Index], NDArray[Any]]
 Put = Callable[[tuple[int, ...], jnp.dtype, NamedSharding, Read], Any]  # shape, type and place of an array, and how to read a slice of it
 
@@ -32,7 +34,10 @@ Put = Callable[[tuple[int, ...], jnp.dtype, NamedSharding, Read], Any]  # shape,
 def load_params(
     checkpoint: Checkpoint, config: ModelConfig, *, dtype: DType, mesh: Mesh, keep_int8: bool, report: Callable[[Progress], None]
 ) -> Params:
-    """Every tensor of a checked checkpoint as a device array, `QuantizedArray` where `keep_int8` asks for it."""
+    """Every tensor of a checked checkpoint as a device array; with `keep_int8` int8 and int4 matrices stay what they are.
+
+    Raises `CheckpointError` where the devices cannot share the scale groups, or the files have changed.
+    """
     total = sum(tensor.num_bytes for tensor in checkpoint.tensors.values())
     lock = threading.Lock()
     done = 0
@@ -65,16 +70,51 @@ def _place(tensor: HostTensor, spec: ParamSpec, *, dtype: DType, mesh: Mesh, kee
     """One tensor on its devices. The file is mapped once, and only the slices that devices ask for are read."""
     weight, scales, target = tensor.weight, tensor.scales, dtype_of(spec, dtype)
     sharding = sharding_of(mesh, spec.axes)
-    if scales is None:
-        return put(spec.shape, target, sharding, lambda index: np.asarray(weight[index], target))
-    if not keep_int8:
-        return put(spec.shape, target, sharding, lambda index: dequantized_slice(weight, scales, index, target))
-    splits_groups = scales.shape[-2] % mesh.shape["tensor"] == 0
-    scale_axes = spec.axes if splits_groups else (*spec.axes[:-2], None, spec.axes[-1])
-    return QuantizedArray(
-        put(spec.shape, weight.dtype, sharding, lambda index: np.asarray(weight[index])),
-        put(scales.shape, scales.dtype, sharding_of(mesh, scale_axes), lambda index: np.asarray(scales[index])),
+    if scales is None or not keep_int8:
+        return put(spec.shape, target, sharding, lambda index: read_slice(tensor.form, weight, scales, index, target))
+    groups, is_split = _device_groups(tensor, weight, scales, num_parts=_num_parts(sharding))
+    scale_axes = spec.axes if is_split else (*spec.axes[:-2], None, spec.axes[-1])
+    repeats = groups // scales.shape[-2]
+    return (PackedInt4Array if tensor.form == "int4" else QuantizedArray)(
+        put(weight.shape, weight.dtype, sharding, lambda index: np.asarray(weight[index])),
+        put(
+            (*scales.shape[:-2], groups, scales.shape[-1]),
+            scales.dtype,
+            sharding_of(mesh, scale_axes),
+            lambda index: _repeated_slice(scales, index, repeats=repeats),
+        ),
     )
+
+
+def _num_parts(sharding: NamedSharding) -> int:
+    """How many parts the contracting axis of a matrix is cut into."""
+    names = sharding.spec[-2]
+    return prod(sharding.mesh.shape[name] for name in ((names,) if isinstance(names, str) else names or ()))
+
+
+def _device_groups(tensor: HostTensor, weight: HostArray, scales: HostArray, *, num_parts: int) -> tuple[int, bool]:
+    """How many scale groups the devices get together, and whether each gets only its own.
+
+    Where a part of the contracting axis begins inside a group, the group is cut there and its scale repeated, so that a device needs no
+    row of scales but its own. One group for the whole axis stays one.
+    """
+    rows, groups = tensor.spec.shape[-2], scales.shape[-2]
+    if num_parts == 1 or groups == 1:
+        return groups, False
+    cut = lcm(groups, num_parts)
+    if rows % cut or weight.shape[-2] % num_parts or (tensor.form == "int4" and rows // cut % 2):
+        raise CheckpointError(
+            f"{tensor.path}: {tensor.spec.name} has {groups} scale groups over {rows:,} rows, which {num_parts} devices cannot share: "
+            f"choose a tensor parallel size that divides {groups}, or convert the checkpoint to bfloat16"
+        )
+    return cut, True
+
+
+def _repeated_slice(scales: HostArray, index: Index, *, repeats: int) -> NDArray[Any]:
+    """A slice of the scales in which every group occurs `repeats` times."""
+    groups = np.arange(scales.shape[-2] * repeats)[index[-2]] // repeats
+    part = np.asarray(scales[(*index[:-2], slice(groups[0], groups[-1] + 1), index[-1])])
+    return part if repeats == 1 else part[..., groups - groups[0], :]
 
 
 def _put_array(shape: tuple[int, ...], dtype: jnp.dtype, sharding: NamedSharding, read: Read) -> jax.Array:  # noqa: ARG001
@@ -83,11 +123,3 @@ def _put_array(shape: tuple[int, ...], dtype: jnp.dtype, sharding: NamedSharding
 
 def _put_shape(shape: tuple[int, ...], dtype: jnp.dtype, sharding: NamedSharding, read: Read) -> jax.ShapeDtypeStruct:  # noqa: ARG001
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-
-
-def dequantized_slice(weight: NDArray[Any], scales: NDArray[Any], index: Index, dtype: jnp.dtype) -> NDArray[Any]:
-    """A slice of the real matrix: `weight` int8 [*lead, k, n], `scales` [*lead, groups, n]; the product is taken in float32."""
-    rows_per_group = weight.shape[-2] // scales.shape[-2]
-    groups = np.arange(weight.shape[-2])[index[-2]] // rows_per_group
-    part = np.asarray(scales[(*index[:-2], slice(None), index[-1])], np.float32)
-    return (np.asarray(weight[index], np.float32) * part[..., groups, :]).astype(dtype)

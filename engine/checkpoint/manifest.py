@@ -1,7 +1,8 @@
-"""An optional `manifest.json` beside the tensor files: sizes and SHA-256 digests to verify them by. The release has none.
+"""The `manifest.json` beside the tensor files: sizes and SHA-256 digests to verify them by. The release has none, a conversion always.
 
-Either a list of entries `{"file": NAME, "sha256": HEX, "size": BYTES, ...}`, both optional and others ignored, or one object from file name
-to such an entry or to the digest itself. Names are relative and never lead out of the manifest's folder.
+Either what `store` writes, with a list under `files`, or the list alone, of entries `{"file": NAME, "sha256": HEX, "size": BYTES, ...}`,
+both optional and others ignored, or one object from file name to such an entry or to the digest itself. Names are relative and never lead
+out of the manifest's folder.
 """
 
 import json
@@ -10,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from engine.checkpoint.checkpoint import CHECKPOINT_DIR_NAMES
 from engine.checkpoint.files import read_small_file
+from engine.checkpoint.released import CHECKPOINT_DIR_NAMES
 from engine.errors import CheckpointError
 
 _MAX_BYTES = 64 << 20
@@ -44,6 +45,8 @@ def read_manifest(checkpoint_dir: Path) -> tuple[ManifestEntry, ...]:
 
 
 def _parse(path: Path, raw: object, *, checkpoint_dir: Path) -> tuple[ManifestEntry, ...]:
+    if isinstance(raw, dict) and isinstance(raw.get("files"), list):
+        raw = raw["files"]
     if isinstance(raw, list):
         named = [(item.get("file") if isinstance(item, dict) else None, item) for item in raw]
     elif isinstance(raw, dict):

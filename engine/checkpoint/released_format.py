@@ -7,41 +7,20 @@ skipped and only their place is kept. The arrays are then memory maps. `released
 file is which tensor.
 """
 
-import math
 import pickletools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
-import ml_dtypes
 import numpy as np
 
 from engine.checkpoint.files import open_regular_file
+from engine.checkpoint.tensors import FileArray, StoredArray, StoredDType
 from engine.errors import CheckpointError
-
-StoredDType = Literal["float32", "int8", "bfloat16"]
-
-ITEM_BYTES: dict[StoredDType, int] = {"float32": 4, "int8": 1, "bfloat16": 2}
 
 _MAX_OPCODES = 1000  # the longest released file has 178
 _MAX_STRING_BYTES = 255
 _MAX_DIMENSIONS = 8
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoredArray:
-    """Where one array lies in its file: C order, little-endian."""
-
-    dtype: StoredDType
-    shape: tuple[int, ...]
-    offset: int  # of the first byte
-
-    @property
-    def num_bytes(self) -> int:
-        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
-
-    def __str__(self) -> str:
-        return f"{self.dtype} {list(self.shape)}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,16 +41,7 @@ class StoredTensor:
         return None if self.scales is None else self._map(self.scales)
 
     def _map(self, array: StoredArray) -> np.ndarray:
-        # bfloat16 is mapped as its bits and viewed through a dtype that no pickle ever touched.
-        bits = np.dtype({"float32": "<f4", "int8": "i1", "bfloat16": "<u2"}[array.dtype])
-        with open_regular_file(self.path) as file:
-            if file.seek(0, 2) != self.file_size:
-                raise CheckpointError(f"{self.path}: changed while it was read")
-            try:
-                mapped = np.memmap(file, dtype=bits, mode="r", offset=array.offset, shape=array.shape)
-            except (OSError, ValueError) as error:
-                raise CheckpointError(f"{self.path}: cannot be mapped into memory: {error}") from None
-        return mapped.view(ml_dtypes.bfloat16) if array.dtype == "bfloat16" else mapped
+        return FileArray(path=self.path, file_size=self.file_size, stored=array).open()
 
 
 def read_index(path: Path) -> StoredTensor:

@@ -6,8 +6,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from engine.checkpoint.checkpoint import specs_in_file_order, tensor_file_name
 from engine.checkpoint.quantize import quantize
+from engine.checkpoint.released import specs_in_file_order, tensor_file_name
 from engine.checkpoint.released_writer import write_tensor
 from engine.config import ModelConfig
 from engine.errors import CheckpointError

@@ -1,4 +1,4 @@
-"""Reads every byte of a checkpoint once: values that are not finite, and digests where a manifest lies beside the files.
+"""Reads every byte of a checkpoint once, of any format: values that are not finite, and digests where a manifest lies beside the files.
 
 The files are already known to have the right structure (`open_checkpoint`). This takes as long as the disk does, so the progress goes
 out by callback after every chunk.
@@ -13,10 +13,9 @@ from typing import BinaryIO
 import ml_dtypes
 import numpy as np
 
-from engine.checkpoint.checkpoint import Checkpoint
 from engine.checkpoint.files import open_regular_file
 from engine.checkpoint.manifest import ManifestEntry, read_manifest
-from engine.checkpoint.released_format import StoredArray
+from engine.checkpoint.tensors import Checkpoint, StoredArray
 from engine.errors import CheckpointError
 from engine.types import Progress
 
@@ -66,11 +65,15 @@ def verify(checkpoint: Checkpoint, *, report: Callable[[Progress], None]) -> Ver
 
 def _files_to_read(checkpoint: Checkpoint) -> list[_FileToRead]:
     entries = {entry.path: entry for entry in read_manifest(checkpoint.directory)}
-    files: list[_FileToRead] = []
+    arrays: dict[Path, list[tuple[str, StoredArray]]] = {path: [] for path in checkpoint.file_sizes}
     for tensor in checkpoint.tensors.values():
-        arrays = [("weight", tensor.stored.weight)] + ([("scales", tensor.stored.scales)] if tensor.stored.scales else [])
-        arrays.sort(key=lambda named: named[1].offset)
-        files.append(_FileToRead(path=tensor.path, arrays=tuple(arrays), entry=entries.pop(tensor.path, None)))
+        for kind, source in (("weight", tensor.weight_source), ("scales", tensor.scales_source)):
+            for region in source.regions if source else ():
+                arrays[region.path].append((f"{kind} of {tensor.spec.name}", region.stored))
+    files = [
+        _FileToRead(path=path, arrays=tuple(sorted(named, key=lambda item: item[1].offset)), entry=entries.pop(path, None))
+        for path, named in arrays.items()
+    ]
     return files + [_FileToRead(path=path, entry=entry) for path, entry in entries.items()]
 
 
@@ -97,7 +100,7 @@ class _Reader:
                 digest.update(chunk)
             if dtype in _FLOATS:
                 num_bad[name] += _count_not_finite(chunk, _FLOATS[dtype])
-        problems = [f"{file.path}: {count:,} values of its {name} are not finite" for name, count in num_bad.items() if count]
+        problems = [f"{file.path}: {count:,} values of the {name} are not finite" for name, count in num_bad.items() if count]
         if file.entry and file.entry.size is not None and file.entry.size != size:
             problems.append(f"{file.path}: expected {file.entry.size:,} bytes by its manifest, found {size:,}")
         if digest and file.entry and digest.hexdigest() != file.entry.sha256:
@@ -119,11 +122,11 @@ class _Reader:
 
 
 def _regions(arrays: tuple[tuple[str, StoredArray], ...], *, file_end: int) -> Iterator[tuple[str, str, int]]:
-    """(name, dtype, end) of the stretches of a file: pickle, array, pickle, array, pickle."""
+    """(name, dtype, end) of the stretches of a file: the arrays, and what is before, between and behind them."""
     for name, array in arrays:
-        yield "pickle", "", array.offset
+        yield "frame", "", array.offset
         yield name, array.dtype, array.offset + array.num_bytes
-    yield "pickle", "", file_end
+    yield "frame", "", file_end
 
 
 def _read(file: BinaryIO, count: int, *, path: Path) -> bytes:

@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 
 from engine.checkpoint import __main__ as command
-from engine.checkpoint.checkpoint import Checkpoint, find_checkpoint_dir, open_checkpoint, specs_in_file_order, tensor_file_name
+from engine.checkpoint.checkpoint import open_checkpoint
+from engine.checkpoint.released import find_released_dir, specs_in_file_order, tensor_file_name
 from engine.checkpoint.released_format import read_index
 from engine.checkpoint.released_writer import write_tensor
 from engine.checkpoint.save import random_tensors, save_checkpoint
+from engine.checkpoint.tensors import Checkpoint
 from engine.checkpoint.verify import verify
 from engine.config import ModelConfig
 from engine.errors import CheckpointError
@@ -118,7 +120,7 @@ def test_tiny_a_opens_with_the_names_of_its_manifest() -> None:
     assert checkpoint.row_parallel_scale_groups == 2
     tensor = checkpoint.tensors[EXPERTS_DOWN]
     assert tensor.scales is not None
-    assert tensor.num_bytes == tensor.weight.nbytes + tensor.scales.nbytes == 8 * 344 * 64 + 8 * 2 * 64 * 2
+    assert tensor.num_bytes == 8 * 344 * 64 + 8 * 2 * 64 * 2
 
 
 def test_what_was_written_is_what_is_opened(model_dir: Path) -> None:
@@ -126,10 +128,10 @@ def test_what_was_written_is_what_is_opened(model_dir: Path) -> None:
 
     for tensor in open_checkpoint(model_dir, CONFIG).tensors.values():
         weight, scales = draw(tensor.spec)
-        np.testing.assert_array_equal(tensor.weight, weight)
+        np.testing.assert_array_equal(tensor.weight[...], weight)
         assert (tensor.scales is None) == (scales is None)
         if scales is not None:
-            np.testing.assert_array_equal(tensor.scales, scales)
+            np.testing.assert_array_equal(tensor.scales[...], scales)
 
 
 def test_an_open_checkpoint_holds_no_file_descriptors(model_dir: Path) -> None:
@@ -137,7 +139,7 @@ def test_an_open_checkpoint_holds_no_file_descriptors(model_dir: Path) -> None:
 
     checkpoint = open_checkpoint(model_dir, CONFIG)
     for tensor in checkpoint.tensors.values():
-        assert tensor.weight.size
+        assert tensor.weight[...].size
 
     assert len(os.listdir("/dev/fd")) == before
 
@@ -149,8 +151,8 @@ def test_an_open_checkpoint_holds_no_file_descriptors(model_dir: Path) -> None:
 def test_the_directory_around_the_tensors_or_their_own_is_accepted(model_dir: Path, name: str) -> None:
     (model_dir / "ckpt-0").rename(model_dir / name)
 
-    assert find_checkpoint_dir(model_dir) == model_dir / name
-    assert find_checkpoint_dir(model_dir / name) == model_dir / name
+    assert find_released_dir(model_dir) == model_dir / name
+    assert find_released_dir(model_dir / name) == model_dir / name
     assert len(open_checkpoint(model_dir / name, CONFIG).tensors) == 26
 
 
@@ -335,7 +337,7 @@ def test_verifying_finds_every_value_that_is_not_finite(model_dir: Path) -> None
     write_tensor(tensor_path(model_dir, ATTENTION_OUT), np.ones((16, 8), np.int8), scales=scales)
     write_tensor(tensor_path(model_dir, NORM), np.array([1, np.inf, -np.inf, 1, 1, 1, 1, 1], np.float32))
 
-    with pytest.raises(CheckpointError, match=r"tensor00006_000: 1 values of its scales .*; .*tensor00023_000: 2 values of its weight"):
+    with pytest.raises(CheckpointError, match=r"tensor00006_000: 1 values of the scales .*; .*tensor00023_000: 2 values of the weight"):
         verify_quietly(open_checkpoint(model_dir, CONFIG))
 
 
@@ -446,16 +448,16 @@ def test_inspect_prints_each_tensor_and_the_totals(
 
     assert status == 0
     assert [next(iter(line)) for line in lines] == ["tensor"] * 26 + ["totals"]
-    path = tensor_path(model_dir, ATTENTION_OUT)
     assert lines[6]["tensor"] == {
         "file": "tensor00006_000",
         "name": ATTENTION_OUT,
         "dtype": "int8",
         "shape": [16, 8],
         "scales": [2, 8],
-        "bytes": path.stat().st_size,
+        "bytes": 16 * 8 + 2 * 8 * 2,
     }
-    assert lines[-1]["totals"]["bytes"] == sum(path.stat().st_size for path in path.parent.iterdir())
+    assert lines[-1]["totals"]["bytes"] == sum(path.stat().st_size for path in (model_dir / "ckpt-0").iterdir())
+    assert (lines[-1]["totals"]["format"], lines[-1]["totals"]["tensors"], lines[-1]["totals"]["files"]) == ("released", 26, 26)
     assert lines[-1]["totals"]["verified"] is None
 
 
