@@ -8,7 +8,6 @@ import pytest
 from server import errors
 from server.errors import ApiError, error_body
 
-
 REFUSALS = [
     kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, ApiError) and not kind.__name__.startswith("_")
 ]
