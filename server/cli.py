@@ -134,6 +134,26 @@ def inspect(
 
 
 @app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="model directory: the release, a Hugging Face layout, or converted before")],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="a new directory, or one of an interrupted conversion")],
+    weights: Annotated[str | None, typer.Option("--weights", metavar="int8|bfloat16|int4", help="form of the matrices")] = None,
+    group: Annotated[int, typer.Option("--group", metavar="64|128", help="rows that share a scale, of int4")] = 128,
+    verify: Annotated[bool, typer.Option("--verify", help="convert nothing: compare DST with SRC, tensor by tensor")] = False,
+) -> None:
+    """Write a checkpoint as safetensors, in 8, 16 or 4 bits.
+
+    An interrupted conversion is taken up again by the same command; until it has ended nothing loads its directory.
+    """
+    try:
+        from server.conversion import convert_or_compare
+
+        convert_or_compare(source, target, weights=weights, group=group, is_compared=verify)
+    except EngineError as error:
+        _fail(error)
+
+
+@app.command()
 def plan(
     model: Annotated[str, typer.Option("--model", metavar="TEXT", help="a preset, which needs no files, or a model directory")] = "grok-1",
     device: Annotated[str, typer.Option("--device", metavar="TEXT", help="a100-80, h100-80, h200, b200 or mi300x")] = "h100-80",

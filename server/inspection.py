@@ -1,13 +1,10 @@
 """`grok-server inspect`: the tensors of a checkpoint as a table.
 
-The reading and checking is done by `python -m engine.checkpoint inspect` in a process of its own, because it needs what the server must not
-import; it prints one JSON object per line, which is drawn here.
+The reading and checking is done by `python -m engine.checkpoint inspect`; what it prints is drawn here.
 """
 
-import json
-import signal
-import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +14,9 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 
 from engine.errors import CheckpointError
+from server.checkpoint_process import checkpoint_lines
 from server.console import readable_bytes
-from server.engine_process import child_environment
 
-COMMAND = (sys.executable, "-P", "-m", "engine.checkpoint", "inspect")
 WIDTH_OF_FILES = 200  # of the table, where it goes to a file or a pipe
 
 
@@ -42,36 +38,18 @@ def show_checkpoint(model_dir: Path, *, is_verified: bool) -> None:
         console=terminal,
         disable=not terminal.is_terminal,
     )
-    command = [*COMMAND, str(model_dir), *(["--verify"] if is_verified else [])]
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=child_environment())
-    try:
-        assert process.stdout is not None
-        with bars:
-            bar = bars.add_task("verify", total=None, visible=False)
-            for line in process.stdout:
-                match json.loads(line):
-                    case {"tensor": tensor}:
-                        table.add_row(*_cells(tensor))
-                    case {"progress": progress}:
-                        bars.update(bar, completed=progress["done"], total=progress["total"], visible=True)
-                    case {"totals": found}:
-                        totals = found
-                    case {"error": message}:
-                        raise CheckpointError(message)
-                    case other:
-                        raise CheckpointError(f"the inspection printed {other!r}, which is unknown here")
-        status = process.wait()
-    except BaseException:
-        process.kill()
-        raise
-    finally:
-        process.wait()
-        if process.stdout is not None:
-            process.stdout.close()
-    if status:
-        raise CheckpointError(
-            f"inspecting the checkpoint ended with status {status}" if status > 0 else signal.strsignal(-status) or "killed"
-        )
+    with closing(checkpoint_lines("inspect", str(model_dir), *(["--verify"] if is_verified else []))) as lines, bars:
+        bar = bars.add_task("verify", total=None, visible=False)
+        for line in lines:
+            match line:
+                case {"tensor": tensor}:
+                    table.add_row(*_cells(tensor))
+                case {"progress": progress}:
+                    bars.update(bar, completed=progress["done"], total=progress["total"], visible=True)
+                case {"totals": found}:
+                    totals = found
+                case other:
+                    raise CheckpointError(f"the inspection printed {other!r}, which is unknown here")
     terminal.print(table)
     terminal.print(_summary(totals), markup=False, soft_wrap=True)
 

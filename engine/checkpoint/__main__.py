@@ -1,7 +1,11 @@
-"""`python -m engine.checkpoint inspect DIR [--verify]`: what a checkpoint holds, as one JSON object per line.
+"""`python -m engine.checkpoint inspect|convert ...`: what a checkpoint holds, or another one made of it, as one JSON object per line.
 
-Lines are `{"tensor": ...}` as each file is checked, `{"progress": ...}` while verifying, then `{"totals": ...}`; on a problem the last
-line is `{"error": message}` and the exit status 2. `grok-server inspect` runs this and draws the table.
+    inspect DIR [--verify]
+    convert SRC DST --weights int8|bfloat16|int4 [--group 64|128]
+    convert --verify SRC DST
+
+Lines are `{"tensor": ...}` or `{"comparison": ...}` as each tensor is checked, `{"progress": ...}` meanwhile, then `{"totals": ...}`; on a
+problem the last line is `{"error": message}` and the exit status 2. `grok-server inspect` and `grok-server convert` run this and draw it.
 """
 
 import argparse
@@ -12,6 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from engine.checkpoint.checkpoint import open_checkpoint
+from engine.checkpoint.compare import Comparison, compare
+from engine.checkpoint.convert import ConvertProgress, Settings, convert
+from engine.checkpoint.store import INT4_GROUPS
 from engine.checkpoint.tensors import HostTensor
 from engine.checkpoint.verify import verify
 from engine.config import read_model_config
@@ -20,13 +27,29 @@ from engine.types import Progress
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m engine.checkpoint", description="Look into a checkpoint.")
-    inspect_parser = parser.add_subparsers(dest="command", required=True).add_parser("inspect", help="list and check the tensors")
+    parser = argparse.ArgumentParser(prog="python -m engine.checkpoint", description="Look into a checkpoint, or convert it.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    inspect_parser = commands.add_parser("inspect", help="list and check the tensors")
     inspect_parser.add_argument("directory", type=Path, metavar="DIR")
     inspect_parser.add_argument("--verify", action="store_true", help="read every byte")
+    convert_parser = commands.add_parser("convert", help="write another checkpoint of the same weights")
+    convert_parser.add_argument("source", type=Path, metavar="SRC")
+    convert_parser.add_argument("target", type=Path, metavar="DST")
+    wanted = convert_parser.add_mutually_exclusive_group(required=True)
+    wanted.add_argument("--weights", choices=("int8", "bfloat16", "int4"))
+    wanted.add_argument("--verify", action="store_true", help="compare what was converted")
+    convert_parser.add_argument(
+        "--group", type=int, choices=INT4_GROUPS, default=Settings(weights="int4").group, help="rows per scale, of int4"
+    )
     arguments = parser.parse_args()
     try:
-        inspect(arguments.directory, is_verified=arguments.verify)
+        if arguments.command == "inspect":
+            inspect(arguments.directory, is_verified=arguments.verify)
+        elif arguments.verify:
+            _print_comparison(arguments.source, arguments.target)
+        else:
+            settings = Settings(weights=arguments.weights, group=arguments.group)
+            _print(totals=asdict(convert(arguments.source, arguments.target, settings, report=_print_convert_progress)))
     except EngineError as error:
         _print(error=str(error))
         return 2
@@ -67,6 +90,25 @@ def _print_tensor(tensor: HostTensor) -> None:
             "bytes": tensor.num_bytes,
         }
     )
+
+
+def _print_comparison(source: Path, target: Path) -> None:
+    found = compare(source, target, report=_print_compared, report_progress=_print_progress)
+    _print(
+        totals={
+            "tensors": len(found),
+            "exact": sum(comparison.is_exact for comparison in found),
+            "max_rms_error": max(comparison.rms_error for comparison in found),
+        }
+    )
+
+
+def _print_compared(comparison: Comparison) -> None:
+    _print(comparison=asdict(comparison))
+
+
+def _print_convert_progress(progress: ConvertProgress) -> None:
+    _print(progress=asdict(progress))
 
 
 def _print_progress(progress: Progress) -> None:
