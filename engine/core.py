@@ -27,7 +27,9 @@ from engine.config import EngineConfig
 from engine.constraints import Constraint, Grammars, is_constrained
 from engine.errors import RequestError
 from engine.prefix_cache import PrefixCache
-from engine.prompt_scores import BlockScores, ScoreCollector
+from engine.prompt_scorer import PromptScorer
+from engine.prompt_scores import ScoreCollector
+from engine.request_check import check_request
 from engine.scheduler import Schedule, ScheduledTokens, Scheduler
 from engine.sequence import Sequence
 from engine.stop import end_token_ids, finish_reason, is_end, is_past_deadline
@@ -96,6 +98,7 @@ class EngineCore:
         self.on_begin: Callable[[list[str]], object] | None = None  # told, before a step, which requests come in with it
         self.pool = BlockPool(config.cache.num_blocks)
         self.cache = PrefixCache(self.pool, block_size=config.cache.block_size)
+        self.scorer = PromptScorer(self.cache, block_size=config.cache.block_size)
         self.scheduler = Scheduler(config.scheduler, self.pool, self.cache, block_size=config.cache.block_size)
         self.batcher = Batcher(
             runner.layouts,
@@ -106,6 +109,7 @@ class EngineCore:
         )
         self._eos_token = config.model.eos_token
         self._max_model_len = config.scheduler.max_model_len
+        self._max_len = min(config.scheduler.max_model_len, config.cache.num_blocks * config.cache.block_size)
         self._sequences: dict[str, Sequence] = {}
         self._grammars = grammars
         self._constraints: dict[Sequence, Constraint] = {}  # of those that have one
@@ -126,7 +130,9 @@ class EngineCore:
 
         A generation that another engine began goes on behind the output tokens and prompt log-probabilities that it has given already.
         """
-        self._check(request, output_token_ids)
+        if request.request_id in self._sequences:
+            raise RequestError(f"request id {request.request_id} is already running")
+        check_request(request, output_token_ids, vocab_size=self.config.model.vocab_size, max_len=self._max_len)
         constraint = self._constraint(request, output_token_ids)
         is_scored = request.sampling.prompt_logprobs is not None
         sequence = Sequence(
@@ -187,36 +193,10 @@ class EngineCore:
             num_late_compilations=self.runner.num_late_compilations,
         )
 
-    def _check(self, request: GenerationRequest, output_token_ids: tuple[int, ...]) -> None:
-        num_prompt, num_output = len(request.prompt_token_ids), request.sampling.max_tokens
-        if request.request_id in self._sequences:
-            raise RequestError(f"request id {request.request_id} is already running")
-        if not num_prompt:
-            raise RequestError("the prompt has no tokens")
-        vocab_size, sampling = self.config.model.vocab_size, request.sampling
-        if len(output_token_ids) >= max(1, num_output):
-            raise RequestError(f"{len(output_token_ids)} of {num_output} output tokens are there already")
-        fields = {
-            "prompt": request.prompt_token_ids,
-            "output": output_token_ids,
-            "stop_token_ids": sampling.stop_token_ids,
-            "logit_bias": sampling.logit_bias,
-            "allowed_token_ids": sampling.allowed_token_ids,
-            "bad_words": [token for run in sampling.bad_words for token in run],
-        }
-        for name, ids in fields.items():
-            if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
-                raise RequestError(f"{name} holds token ids from {min(ids)} to {max(ids)}, the vocabulary has 0 to {vocab_size - 1}")
-        if not all(sampling.bad_words):
-            raise RequestError("bad_words holds a run of no tokens")
+    def _constraint(self, request: GenerationRequest, output_token_ids: tuple[int, ...]) -> Constraint | None:
+        """What limits its choices, if anything does and it has any. Raises `RequestError` where that cannot be, or leaves nothing."""
         if request.grammar is not None and self._grammars is None:
             raise RequestError("this engine has no tokenizer and so can follow no grammar")
-        limit = min(self.config.scheduler.max_model_len, self.pool.num_blocks * self.config.cache.block_size)
-        if num_prompt + num_output > limit:
-            raise RequestError(f"{num_prompt} prompt tokens and {num_output} output tokens exceed the limit of {limit}")
-
-    def _constraint(self, request: GenerationRequest, output_token_ids: tuple[int, ...]) -> Constraint | None:
-        """What limits its choices, if anything does and it has any. Raises `RequestError` where they leave nothing."""
         if not is_constrained(request) or not request.sampling.max_tokens:
             return None
         constraint = Constraint(request, vocab_size=self.config.model.vocab_size, eos_token=self._eos_token)
@@ -306,13 +286,9 @@ class EngineCore:
         deltas: list[TokenDelta] = []
         for row, item in enumerate(step.batch.items):
             sequence = item.sequence
-            if sequence.is_over:
+            if sequence.is_over or row in step.dropped:
                 continue
-            if row in step.dropped:
-                continue
-            scores: tuple[TokenLogprob, ...] = ()
-            if sequence.score_collector is not None:
-                scores = self._scores(item, output.scores, step.batch.token_starts[row])
+            scores = self.scorer.news(item, output.scores, step.batch.token_starts[row])
             if (item.chooses_token and not is_finite[row]) or (scores and not _are_finite(scores)):
                 deltas.append(self._delta(sequence, FinishReason.ERROR))
             elif item.chooses_token:
@@ -381,35 +357,6 @@ class EngineCore:
             if reason is None or constraint.finish is FinishReason.STOP:
                 reason = constraint.finish
         return self._delta(sequence, reason, token_ids=(token,), logprobs=logprobs, scores=scores)
-
-    def _scores(self, item: ScheduledTokens, scores: Any, offset: int) -> tuple[TokenLogprob, ...]:
-        """Log-probabilities of prompt tokens that are known now and not sent yet; `offset` is the item's first row in `scores`.
-
-        The token at position p gives the score of the prompt token at p + 1. Positions before the item are those of a prefix hit. What is
-        computed here is kept for later hits. `scores` is None where all was sent before and is only computed again.
-        """
-        sequence = item.sequence
-        num_top = sequence.request.sampling.prompt_logprobs
-        assert num_top is not None, "only scored prompts have a collector"
-        last = min(item.start + item.num_tokens, sequence.num_prompt_tokens - 1)
-        new: list[TokenLogprob] = []
-        first_block = sequence.num_scored_tokens // self.config.cache.block_size
-        for position in range(sequence.num_scored_tokens, min(item.start, last)):
-            block, place = divmod(position, self.config.cache.block_size)
-            new.append(sequence.cached_scores[block - first_block].entry(place, num_top))
-        if item.start < last and scores is not None:
-            rows = slice(offset, offset + last - item.start)
-            targets = np.array(sequence.token_ids[item.start + 1 : last + 1], np.int32)
-            run = BlockScores.of(targets=targets, chosen=scores.chosen[rows], top_ids=scores.top_ids[rows], top=scores.top[rows])
-            new += [run.entry(place, num_top) for place in range(max(sequence.num_scored_tokens - item.start, 0), len(run))]
-            self._keep(sequence, item.start, run)
-        sequence.num_scored_tokens = max(sequence.num_scored_tokens, last)
-        return tuple(new)
-
-    def _keep(self, sequence: Sequence, first: int, run: BlockScores) -> None:
-        assert sequence.score_collector is not None, "only scored prompts have a collector"
-        for block, scores in sequence.score_collector.add(first, run):
-            self.cache.keep_scores(sequence.block_keys[block], scores)
 
     def _delta(
         self,

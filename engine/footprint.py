@@ -22,7 +22,7 @@ KVFormat = Literal["float32", "bfloat16", "int8", "fp8"]
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1, "fp8": 1}
 SCALE_BYTES = 2  # bfloat16
 INT4_GROUP = 128  # weights of the contracting axis that share a scale
-SLOT_BYTES_PER_TOKEN = 10  # of the vocabulary, per running sequence: counts, biases and two flags (`engine/sampling.py`)
+SLOT_BYTES_PER_TOKEN = 10.125  # of the vocabulary, per running sequence: counts, biases, two flags and a bit of its mask
 NUM_SAMPLING_ARRAYS = 6  # over rows x vocabulary, float32, alive at the same time while tokens are chosen
 SCORED_ROWS = 128  # positions whose logits exist at the same time
 FIXED_BYTES = 1 << 30  # of a device: the runtime's own, and the programs
@@ -147,7 +147,7 @@ def temporary_bytes(setup: Setup) -> dict[str, int]:
     tiles = tokens // 8 + rows
     split = mesh.tensor * mesh.expert
     return {
-        "slots": rows * model.vocab_size * SLOT_BYTES_PER_TOKEN,
+        "slots": ceil(rows * model.vocab_size * SLOT_BYTES_PER_TOKEN),
         "sampling": (rows * NUM_SAMPLING_ARRAYS + SCORED_ROWS) * model.vocab_size * 4,
         "activations": tokens * model.emb_size * (4 * size + 4 * model.num_selected_experts),
         "attention": tiles * 8 * max(1, width // split) * 4 * 3,

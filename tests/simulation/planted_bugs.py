@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 
-from engine import prefix_cache
+from engine import core, prefix_cache
 from engine.__main__ import EngineLoop
 from engine.batch import Batcher
 from engine.block_pool import BlockPool
@@ -102,7 +102,7 @@ BUGS: dict[str, tuple[Change, ...]] = {
         Change(EngineCore, "_launch", "any(self._is_undecided(item) for item in batch.items)", "False"),
     ),
     "a pending token is lost on preemption": (
-        Change(EngineCore, "_commit", "if sequence.is_over:", "if sequence.is_over or sequence.slot is None:"),
+        Change(EngineCore, "_commit", "if sequence.is_over or", "if sequence.is_over or sequence.slot is None or"),
     ),
     "a sequence is not left to the host": (
         Change(Scheduler, "_go_on", "(sequence.needs_host or start + 1 >= sequence.max_len)", "start + 1 >= sequence.max_len"),
@@ -122,8 +122,8 @@ BUGS: dict[str, tuple[Change, ...]] = {
         Change(
             EngineCore,
             "_commit",
-            "if sequence.is_over:",
-            "if sequence.is_over and sequence.request.request_id in self._sequences:",
+            "if sequence.is_over or",
+            "if (sequence.is_over and sequence.request.request_id in self._sequences) or",
         ),
     ),
     "the end is told twice": (
@@ -184,7 +184,7 @@ BUGS: dict[str, tuple[Change, ...]] = {
     "a replay repeats prompt scores": (Change(Journal, "_submit", "entry.num_scored_tokens)", "0)"),),
     "a replay of the last token is refused": (
         Change(
-            EngineCore, "_check", "if len(output_token_ids) >= max(1, num_output):", "if len(output_token_ids) >= max(1, num_output - 1):"
+            core, "check_request", "if len(output_token_ids) >= max(1, num_output):", "if len(output_token_ids) >= max(1, num_output - 1):"
         ),
     ),
     "quarantine convicts the first of a group": (Change(Quarantine, "engine_died", "if suspects and self._is_alone:", "if suspects:"),),
