@@ -27,7 +27,8 @@ def read_slice(form: WeightForm, weight: HostArray, scales: HostArray | None, in
     integers = unpack_int4(stored)[..., start % 2 : start % 2 + stop - start, :] if form == "int4" else stored
     groups = np.arange(start, stop) // (num_rows // scales.shape[-2])
     part = np.asarray(scales[(*index[:-2], slice(groups[0], groups[-1] + 1), index[-1])], np.float32)
-    return (integers.astype(np.float32) * part[..., groups - groups[0], :]).astype(dtype, copy=False)
+    with np.errstate(invalid="ignore"):  # scales that are not finite are `verify`'s to tell
+        return (integers.astype(np.float32) * part[..., groups - groups[0], :]).astype(dtype, copy=False)
 
 
 def unpack_int4(packed: np.ndarray) -> np.ndarray:

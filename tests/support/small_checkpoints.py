@@ -1,4 +1,4 @@
-"""Checkpoints of a few hundred kilobytes whose matrices have whole int4 groups, and what is done to their files."""
+"""Checkpoints of half a megabyte whose matrices have whole int4 groups, and what is done to their files."""
 
 import json
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from engine.config import ModelConfig, read_model_config
 CONFIG = ModelConfig(
     vocab_size=32,
     sequence_len=64,
-    emb_size=64,
+    emb_size=128,
     key_size=16,
     num_q_heads=8,
     num_kv_heads=4,

@@ -289,7 +289,7 @@ def test_a_manifest_that_is_no_manifest_is_refused(store: Path, content: bytes) 
 def test_a_digest_that_is_none_is_refused_when_verifying(store: Path) -> None:
     edit_json(store / "manifest.json", put("abc", "files", 1, "sha256"))
 
-    with pytest.raises(CheckpointError, match="the sha256 of 'weights-00001.safetensors' is not 64 hexadecimal digits"):
+    with pytest.raises(CheckpointError, match=r"the sha256 of 'weights-00001.safetensors' is not 64 hexadecimal digits"):
         verify(opened(store), report=lambda _: None)
 
 

@@ -1,0 +1,52 @@
+"""`grok-server convert`: what the operator sees, and that a server's engine loads the result."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from small_checkpoints import write_released
+
+COMMAND = (sys.executable, "-m", "server")
+
+
+def grok_server(*arguments: str | Path) -> "subprocess.CompletedProcess[str]":
+    env = os.environ | {"COLUMNS": "200"}
+    return subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=120, env=env)
+
+
+def test_a_checkpoint_is_converted_compared_and_inspected(tmp_path: Path):
+    released = write_released(tmp_path / "released")
+
+    done = grok_server("convert", released, tmp_path / "int4", "--weights", "int4", "--group", "64")
+    compared = grok_server("convert", "--verify", released, tmp_path / "int4")
+    inspected = grok_server("inspect", tmp_path / "int4", "--verify")
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "26 tensors as int4" in done.stdout
+    assert "no tokenizer.model lay beside the source" in done.stdout
+    assert (compared.returncode, compared.stderr) == (0, "")
+    assert "26 tensors, 11 equal to the bit, RMS error at most" in compared.stdout
+    assert (inspected.returncode, inspected.stderr) == (0, "")
+    assert "256 x 128" in inspected.stdout
+    assert "num digests 2" in inspected.stdout
+
+
+def test_what_cannot_be_converted_is_one_line_and_status_2(tmp_path: Path):
+    released = write_released(tmp_path / "released")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+
+    for arguments, complaint in (
+        ([released, tmp_path / "out"], "--weights must be one of int8, bfloat16, int4"),
+        ([released, tmp_path / "out", "--weights", "int3"], "--weights must be one of int8, bfloat16, int4, found int3"),
+        ([released, tmp_path / "out", "--weights", "int4", "--group", "32"], "--group must be 64 or 128, found 32"),
+        ([released, tmp_path / "out", "--weights", "int8", "--verify"], "--verify compares what is there"),
+        ([released, tmp_path / "full", "--weights", "int8"], "is not empty"),
+        ([tmp_path / "nowhere", tmp_path / "out", "--weights", "int8"], "found nothing"),
+        (["--verify", released, tmp_path / "full"], "holds no checkpoint"),
+    ):
+        result = grok_server("convert", *arguments)
+        assert (result.returncode, result.stdout) == (2, "")
+        assert complaint in result.stderr
+        assert len(result.stderr.splitlines()) == 1
