@@ -184,21 +184,23 @@ async def test_tool_uses_are_blocks_with_their_input_as_an_object(http: httpx.As
 @pytest.mark.parametrize(
     ("choice", "offered", "must_call"),
     [
-        ({"type": "auto"}, {"get_weather", "get_time"}, False),
-        ({"type": "any"}, {"get_weather", "get_time"}, True),
-        ({"type": "tool", "name": "get_time"}, {"get_time"}, True),
-        ({"type": "any", "disable_parallel_tool_use": True}, {"get_weather", "get_time"}, True),
+        ({"type": "auto"}, ["get_time", "get_weather"], False),
+        ({"type": "any"}, ["get_time", "get_weather"], True),
+        ({"type": "tool", "name": "get_time"}, ["get_time"], True),
+        ({"type": "any", "disable_parallel_tool_use": True}, ["get_time", "get_weather"], True),
     ],
     ids=str,
 )
-async def test_a_tool_choice_is_kept_to(http: httpx.AsyncClient, engine: FakeEngineClient, choice: dict, offered: set, must_call: bool):
+async def test_a_tool_choice_is_kept_to(
+    http: httpx.AsyncClient, engine: FakeEngineClient, choice: dict, offered: list[str], must_call: bool
+):
     engine.script = turn_script(f" {TIME_CALL}")
 
     await message(http, tools=[WEATHER, TIME], tool_choice=choice)
 
     grammar = engine.submitted[0].grammar
     assert grammar is not None
-    assert {name for name in ("get_weather", "get_time") if name in grammar} == offered
+    assert [name for name in ("get_time", "get_weather") if name in grammar] == offered
     assert ("TEXT" not in grammar) == must_call
     assert ("call)*" not in grammar) == ("disable_parallel_tool_use" in choice or choice["type"] == "tool")
 

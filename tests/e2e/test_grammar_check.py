@@ -54,7 +54,7 @@ SLOW_ONES = {"rules": SLOW, "empty lines": "\n" * 250_000}
 
 HOSTILE = {  # with what the reason says
     "memory": (HUNGRY, "more than 64 MiB"),
-    "stack": (chained(doubled, length=2000), "nests too deeply"),
+    "stack": (chained(doubled, length=1750), "nests too deeply"),
     "nested ebnf": ("root ::= " + "(" * 100_000, "nests too deeply"),
     "nested regex": (LLMatcher.grammar_from_regex("(" * 5000 + "a" + ")" * 5000), "regex"),
     "nested lark": ("start: " + "(" * 20_000 + '"a"' + ")" * 20_000, "too deeply nested"),
