@@ -72,7 +72,7 @@ def _place(tensor: HostTensor, spec: ParamSpec, *, dtype: DType, mesh: Mesh, kee
     sharding = sharding_of(mesh, spec.axes)
     if scales is None or not keep_int8:
         return put(spec.shape, target, sharding, lambda index: read_slice(tensor.form, weight, scales, index, target))
-    groups, is_split = _device_groups(tensor, weight, scales, num_parts=_num_parts(sharding))
+    groups, is_split = _device_groups(tensor, scales, num_parts=_num_parts(sharding))
     scale_axes = spec.axes if is_split else (*spec.axes[:-2], None, spec.axes[-1])
     repeats = groups // scales.shape[-2]
     return (PackedInt4Array if tensor.form == "int4" else QuantizedArray)(
@@ -92,22 +92,23 @@ def _num_parts(sharding: NamedSharding) -> int:
     return prod(sharding.mesh.shape[name] for name in ((names,) if isinstance(names, str) else names or ()))
 
 
-def _device_groups(tensor: HostTensor, weight: HostArray, scales: HostArray, *, num_parts: int) -> tuple[int, bool]:
+def _device_groups(tensor: HostTensor, scales: HostArray, *, num_parts: int) -> tuple[int, bool]:
     """How many scale groups the devices get together, and whether each gets only its own.
 
     Where a part of the contracting axis begins inside a group, the group is cut there and its scale repeated, so that a device needs no
     row of scales but its own. One group for the whole axis stays one.
     """
     rows, groups = tensor.spec.shape[-2], scales.shape[-2]
-    if num_parts == 1 or groups == 1:
+    if num_parts == 1:
         return groups, False
-    cut = lcm(groups, num_parts)
-    if rows % cut or weight.shape[-2] % num_parts or (tensor.form == "int4" and rows // cut % 2):
+    cut = groups if groups == 1 else lcm(groups, num_parts)
+    rows_per_byte = 2 if tensor.form == "int4" else 1
+    if rows % (num_parts * rows_per_byte) or rows % (cut * rows_per_byte):
         raise CheckpointError(
-            f"{tensor.path}: {tensor.spec.name} has {groups} scale groups over {rows:,} rows, which {num_parts} devices cannot share: "
-            f"choose a tensor parallel size that divides {groups}, or convert the checkpoint to bfloat16"
+            f"{tensor.path}: the {rows:,} rows of {tensor.spec.name}, {tensor.form} in {groups} groups, cannot be shared by {num_parts} devices: "
+            "choose a smaller tensor parallel size, or another form of weights"
         )
-    return cut, True
+    return cut, groups > 1
 
 
 def _repeated_slice(scales: HostArray, index: Index, *, repeats: int) -> NDArray[Any]:

@@ -1,0 +1,141 @@
+"""Converted weights in the engine: int8 and bfloat16 give what they must, int4 the same packed on the devices as turned into floats before."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from forward_harness import ForwardHarness, engine_config, no_report
+from jax.sharding import AbstractMesh
+from numpy.typing import NDArray
+from numpy_grok import numpy_logits
+from small_checkpoints import CONFIG, converted, opened, write_released
+
+from engine.checkpoint.load import load_params, param_shapes
+from engine.config import DType, MeshConfig, read_model_config
+from engine.errors import CheckpointError
+from engine.model.params import Params
+from engine.model.quantized import PackedInt4Array, dequantize
+from engine.sharding import MESH_AXES, make_mesh
+
+pytestmark = pytest.mark.timeout(400)  # sharded programs compile slowly
+
+TOLERANCE = 1e-4
+MODEL = replace(CONFIG, num_layers=1, num_kv_heads=8, num_experts=4, num_selected_experts=2, row_parallel_scale_groups=4)
+PROMPT = np.random.default_rng(7).integers(0, MODEL.vocab_size, 21).tolist()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The released form and all that it converts to, by name."""
+    directory = tmp_path_factory.mktemp("forms")
+    released = write_released(directory / "released", config=MODEL)
+    for form in ("int8", "bfloat16"):
+        converted(released, directory / form, form)
+    for group in (64, 128):
+        converted(released, directory / f"int4-{group}", "int4", group=group)
+    return directory
+
+
+def load(model_dir: Path, *, mesh: MeshConfig = MeshConfig(), dtype: DType = "float32", keep_int8: bool = False) -> Params:
+    model = read_model_config(model_dir)
+    return load_params(opened(model_dir), model, dtype=dtype, mesh=make_mesh(mesh, model), keep_int8=keep_int8, report=no_report)
+
+
+def logits(params: Params, *, mesh: MeshConfig = MeshConfig(), dtype: DType = "float32") -> NDArray[np.float32]:
+    config = engine_config(MODEL, mesh=mesh, dtype=dtype, max_num_batched_tokens=32)
+    (found,) = ForwardHarness(config, params).run([(PROMPT, [len(PROMPT)])])
+    return found
+
+
+def packed_leaves(params: Params) -> list[PackedInt4Array]:
+    leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, PackedInt4Array))
+    return [leaf for leaf in leaves if isinstance(leaf, PackedInt4Array)]
+
+
+def num_bytes(params: Any) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+
+
+@pytest.mark.parametrize("keep_int8", [False, True])
+def test_int8_loads_the_arrays_of_the_release(models: Path, keep_int8: bool):
+    released, converted_params = load(models / "released", keep_int8=keep_int8), load(models / "int8", keep_int8=keep_int8)
+
+    jax.tree.map(np.testing.assert_array_equal, converted_params, released)
+
+
+def test_bfloat16_weights_give_the_logits_of_their_values(models: Path):
+    params = load(models / "bfloat16")
+
+    np.testing.assert_allclose(logits(params), numpy_logits(params, PROMPT, MODEL), rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("group", [64, 128])
+def test_packed_int4_gives_the_logits_of_int4_turned_into_floats_at_load(models: Path, group: int):
+    plain, packed = load(models / f"int4-{group}"), load(models / f"int4-{group}", keep_int8=True)
+
+    assert len(packed_leaves(packed)) == 7
+    expected = numpy_logits(plain, PROMPT, MODEL)
+    np.testing.assert_allclose(logits(plain), expected, rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(logits(packed), expected, rtol=0, atol=TOLERANCE)
+
+
+def test_packed_int4_is_dequantised_on_the_device_as_it_is_at_load(models: Path):
+    plain, packed = load(models / "int4-64", dtype="bfloat16"), load(models / "int4-64", dtype="bfloat16", keep_int8=True)
+
+    restored = jax.tree.map(
+        lambda leaf: dequantize(leaf, np.dtype(jax.numpy.bfloat16)) if isinstance(leaf, PackedInt4Array) else leaf,
+        packed,
+        is_leaf=lambda leaf: isinstance(leaf, PackedInt4Array),
+    )
+
+    jax.tree.map(np.testing.assert_array_equal, restored, plain)
+
+
+@pytest.mark.parametrize("group", [64, 128])
+def test_packed_int4_takes_at_most_54_hundredths_of_int8_on_the_device(models: Path, group: int):
+    int8, int4 = (
+        load(models / "released", keep_int8=True, dtype="bfloat16"),
+        load(models / f"int4-{group}", keep_int8=True, dtype="bfloat16"),
+    )
+
+    for name in ("query", "key", "value", "attention_out", "experts_gate", "experts_up", "experts_down"):
+        matrix = getattr(int4.layers[0], name)
+        assert isinstance(matrix, PackedInt4Array)
+        assert num_bytes(matrix) <= 0.54 * getattr(int8.layers[0], name).weight.nbytes
+
+
+@pytest.mark.parametrize(
+    ("mesh", "group"),
+    [(MeshConfig(tensor=2, expert=2), 64), (MeshConfig(tensor=8), 64), (MeshConfig(tensor=4), 128)],
+    ids=["groups split", "groups of 64 are cut in 32", "groups of 128 are cut in 32"],
+)
+def test_packed_int4_split_over_devices_gives_the_same_logits(models: Path, mesh: MeshConfig, group: int):
+    packed = load(models / f"int4-{group}", mesh=mesh, keep_int8=True)
+
+    expected = numpy_logits(load(models / f"int4-{group}"), PROMPT, MODEL)
+    np.testing.assert_allclose(logits(packed, mesh=mesh), expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(("tensor", "group"), [(2, 64), (4, 64), (8, 64), (8, 128)])
+def test_each_device_holds_its_rows_and_no_scales_but_theirs(models: Path, tensor: int, group: int):
+    layer = load(models / f"int4-{group}", mesh=MeshConfig(tensor=tensor), keep_int8=True).layers[0]
+
+    def share(matrix: PackedInt4Array) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return tuple(part.addressable_shards[0].data.shape for part in (matrix.weight, matrix.scales))  # pyright: ignore[reportReturnType]
+
+    assert share(layer.experts_down)[0] == (4, 256 // 2 // tensor, 128)
+    assert share(layer.experts_down)[1][1] == max(1, 256 // group // tensor)
+    assert share(layer.experts_gate) == ((4, 64, 256 // tensor), (4, 128 // group, 256 // tensor))
+    assert layer.experts_down.shape == (4, 256, 128)
+
+
+def test_devices_that_cannot_share_the_bytes_are_refused(tmp_path: Path):
+    config = replace(MODEL, ffn_size=64)
+    converted(write_released(tmp_path / "released", config=config), tmp_path / "int4", "int4")
+    mesh: Any = AbstractMesh((1, 1, 64), MESH_AXES)
+
+    with pytest.raises(CheckpointError, match="the 64 rows of .*moe/linear_1, int4 in 1 groups, cannot be shared by 64 devices"):
+        param_shapes(opened(tmp_path / "int4"), config, dtype="float32", mesh=mesh, keep_int8=True)
