@@ -44,8 +44,8 @@ def compare(
     for name, tensor in first.tensors.items():
         other = second.tensors.get(name)
         if other is None or other.spec.shape != tensor.spec.shape:
-            found = "is not in it" if other is None else f"is {list(other.spec.shape)} there"
-            raise CheckpointError(f"{target}: is of another model than {source}: {name} of {list(tensor.spec.shape)} {found}")
+            there = "is not in it" if other is None else f"is {list(other.spec.shape)} there"
+            raise CheckpointError(f"{target}: is of another model than {source}: {name} of {list(tensor.spec.shape)} {there}")
     if surplus := sorted(second.tensors.keys() - first.tensors.keys()):
         raise CheckpointError(f"{target}: is of another model than {source}, which has no {surplus[0]}")
     found: list[Comparison] = []

@@ -105,8 +105,8 @@ def _device_groups(tensor: HostTensor, scales: HostArray, *, num_parts: int) -> 
     rows_per_byte = 2 if tensor.form == "int4" else 1
     if rows % (num_parts * rows_per_byte) or rows % (cut * rows_per_byte):
         raise CheckpointError(
-            f"{tensor.path}: the {rows:,} rows of {tensor.spec.name}, {tensor.form} in {groups} groups, cannot be shared by {num_parts} devices: "
-            "choose a smaller tensor parallel size, or another form of weights"
+            f"{tensor.path}: the {rows:,} rows of {tensor.spec.name}, {tensor.form} in {groups} groups, cannot be shared by {num_parts} "
+            "devices: choose a smaller tensor parallel size, or another form of weights"
         )
     return cut, groups > 1
 

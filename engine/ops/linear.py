@@ -17,14 +17,16 @@ def linear(x: Float[Array, "rows k"], w: Float[Array, "k n"] | QuantizedArray | 
 
 
 def _int8_linear(x: Float[Array, "rows k"], w: QuantizedArray) -> Float32[Array, "rows n"]:
-    """Each scale group is multiplied on its own and scaled afterwards."""
-    groups, _ = w.scales.shape
-    parts = jnp.split(x, groups, axis=1)
-    weights = jnp.split(w.weight, groups, axis=0)
-    total = jnp.zeros((x.shape[0], w.scales.shape[1]), jnp.float32)
-    for part, weight, scale in zip(parts, weights, w.scales.astype(jnp.float32), strict=True):
-        total = total + linear(part, weight.astype(x.dtype)) * scale[None]
-    return total
+    """Each scale group is multiplied on its own and scaled afterwards. The groups are an axis, along which devices may share the work."""
+    groups, n = w.scales.shape
+    parts = jnp.einsum(
+        "rgk,gkn->grn",
+        x.reshape(x.shape[0], groups, -1),
+        w.weight.reshape(groups, -1, n).astype(x.dtype),
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+    return jnp.sum(parts * w.scales.astype(jnp.float32)[:, None], axis=0)
 
 
 def _int4_linear(x: Float[Array, "rows k"], w: PackedInt4Array) -> Float32[Array, "rows n"]:

@@ -1,5 +1,6 @@
-"""Converted weights in the engine: int8 and bfloat16 give what they must, int4 the same packed on the devices as turned into floats before."""
+"""Converted weights in the engine: int8 and bfloat16 give what they must, int4 the same packed on the devices as dequantised at load."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 from forward_harness import ForwardHarness, engine_config, no_report
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 from numpy_grok import numpy_logits
 from small_checkpoints import CONFIG, converted, opened, write_released
@@ -18,6 +19,7 @@ from engine.config import DType, MeshConfig, read_model_config
 from engine.errors import CheckpointError
 from engine.model.params import Params
 from engine.model.quantized import PackedInt4Array, dequantize
+from engine.ops.linear import linear
 from engine.sharding import MESH_AXES, make_mesh
 
 pytestmark = pytest.mark.timeout(400)  # sharded programs compile slowly
@@ -96,10 +98,8 @@ def test_packed_int4_is_dequantised_on_the_device_as_it_is_at_load(models: Path)
 
 @pytest.mark.parametrize("group", [64, 128])
 def test_packed_int4_takes_at_most_54_hundredths_of_int8_on_the_device(models: Path, group: int):
-    int8, int4 = (
-        load(models / "released", keep_int8=True, dtype="bfloat16"),
-        load(models / f"int4-{group}", keep_int8=True, dtype="bfloat16"),
-    )
+    int8 = load(models / "released", keep_int8=True, dtype="bfloat16")
+    int4 = load(models / f"int4-{group}", keep_int8=True, dtype="bfloat16")
 
     for name in ("query", "key", "value", "attention_out", "experts_gate", "experts_up", "experts_down"):
         matrix = getattr(int4.layers[0], name)
@@ -132,10 +132,25 @@ def test_each_device_holds_its_rows_and_no_scales_but_theirs(models: Path, tenso
     assert layer.experts_down.shape == (4, 256, 128)
 
 
+@pytest.mark.parametrize("form", ["released", "int4-64"])
+def test_a_product_over_devices_needs_one_all_reduce_by_rows_and_nothing_by_columns(models: Path, form: str):
+    mesh = MeshConfig(tensor=8)
+    layer = load(models / form, mesh=mesh, keep_int8=True).layers[0]
+    devices = make_mesh(mesh, MODEL)
+
+    def collectives(matrix: Any, x_axes: PartitionSpec, axes: PartitionSpec) -> list[str]:
+        x = jax.ShapeDtypeStruct((4, matrix.shape[0]), np.float32, sharding=NamedSharding(devices, x_axes))
+        text = jax.jit(linear, out_shardings=NamedSharding(devices, axes)).lower(x, matrix).compile().as_text()
+        return re.findall(r" (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(", text or "")
+
+    assert collectives(layer.attention_out, PartitionSpec(None, "tensor"), PartitionSpec()) == ["all-reduce"]
+    assert collectives(layer.query, PartitionSpec(), PartitionSpec(None, "tensor")) == []
+
+
 def test_devices_that_cannot_share_the_bytes_are_refused(tmp_path: Path):
     config = replace(MODEL, ffn_size=64)
     converted(write_released(tmp_path / "released", config=config), tmp_path / "int4", "int4")
     mesh: Any = AbstractMesh((1, 1, 64), MESH_AXES)
 
-    with pytest.raises(CheckpointError, match="the 64 rows of .*moe/linear_1, int4 in 1 groups, cannot be shared by 64 devices"):
+    with pytest.raises(CheckpointError, match=r"the 64 rows of .*moe/linear_1, int4 in 1 groups, cannot be shared by 64 devices"):
         param_shapes(opened(tmp_path / "int4"), config, dtype="float32", mesh=mesh, keep_int8=True)
