@@ -78,13 +78,19 @@ class ToolCallReader:
         self._is_escaped = False
 
     @classmethod
-    def of(cls, conversation: Conversation, id_prefix: str = "call_") -> "ToolCallReader":
-        """The reader of an answer to this conversation."""
+    def of(cls, conversation: Conversation, id_prefix: str = "call_", *, is_text_given_form: bool = False) -> "ToolCallReader":
+        """The reader of an answer to this conversation. A text that must look like something is not touched."""
+        reads_calls = bool(conversation.callable_tools)
         return cls(
             id_prefix,
-            reads_calls=bool(conversation.callable_tools),
-            drops_leading_space=not conversation.continue_final_message,
+            reads_calls=reads_calls,
+            drops_leading_space=not conversation.continue_final_message and (reads_calls or not is_text_given_form),
         )
+
+    @property
+    def is_in_arguments(self) -> bool:
+        """Whether a call has begun whose arguments are not whole."""
+        return self._state is _State.ARGUMENTS
 
     def push(self, text: str) -> list[Part]:
         """Take more text; return what is certain now."""

@@ -36,7 +36,7 @@ class ChatAnswer(Answer):
 
     def __init__(self, plan: ConversationPlan, requests: Sequence[GenerationRequest], *, services: Services, request_id: str) -> None:
         super().__init__(plan, requests, services=services, request_id=request_id)
-        self._readers = [ToolCallReader.of(plan.conversation) for _ in requests]
+        self._readers = [ToolCallReader.of(plan.conversation, is_text_given_form=plan.grammar is not None) for _ in requests]
         self._turn_ends = {services.model.eos_token, *(services.chat_template.end_of_turn_ids if services.chat_template else ())}
 
     def whole(self, updates: list[list[Update]]) -> ChatCompletion:
@@ -102,10 +102,11 @@ class ChatAnswer(Answer):
         return parts if chunks[-1].finish_reason is None else parts + reader.flush()
 
     def _finish_reason(self, index: int, last: GenerationChunk) -> str | None:
-        """Calls were made where a generation stopped by itself behind one; one that was cut short has only its length to blame."""
+        """Calls were made where a generation stopped behind one; one that was cut short has its length, or a stop string, to blame."""
         if last.finish_reason is None:
             return None
-        has_called = last.finish_reason is FinishReason.STOP and self._readers[index].num_calls
+        reader = self._readers[index]
+        has_called = last.finish_reason is FinishReason.STOP and reader.num_calls and not reader.is_in_arguments
         return "tool_calls" if has_called else FINISH_REASONS[last.finish_reason]
 
     def _stop_reason(self, last: GenerationChunk) -> str | int | None:

@@ -57,11 +57,11 @@ class OutputItems:
         return self._take(self._reader.push(text))
 
     def finish(self, *, is_cut: bool) -> list[ItemEvent]:
-        """Take the end. `is_cut` says that the generation was not over: the last item is incomplete then."""
+        """Take the end. `is_cut` says that the generation was not over: the last item is incomplete then, as is a call that is not whole."""
         events = self._take(self._reader.flush())
         if self._open is None and not self._done:
             events += self._begin_message()
-        return events + self._close("incomplete" if is_cut else "completed")
+        return events + self._close("incomplete" if is_cut or self._reader.is_in_arguments else "completed")
 
     def _take(self, parts: Iterable[Part]) -> list[ItemEvent]:
         events: list[ItemEvent] = []

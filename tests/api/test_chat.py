@@ -492,6 +492,16 @@ async def test_a_structured_answer_follows_its_schema_in_the_engine(http: httpx.
     assert [request.grammar is None for request in engine.submitted] == [False, False, False, True]
 
 
+async def test_a_text_of_a_given_form_keeps_the_white_space_that_it_begins_with(http: httpx.AsyncClient, engine: FakeEngineClient):
+    engine.script = turn_script("  padded ")
+
+    answer = await chat(http, structured_outputs={"choice": ["  padded ", "other"]})
+    freely = await chat(http)
+
+    assert answer["choices"][0]["message"]["content"] == "  padded "
+    assert freely["choices"][0]["message"]["content"] == "padded "
+
+
 async def test_a_schema_that_cannot_be_followed_is_refused_with_the_reason(http: httpx.AsyncClient):
     unsupported = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "array", "uniqueItems": True}}}
 

@@ -85,6 +85,26 @@ async def test_a_call_that_is_cut_off_says_length(http: httpx.AsyncClient, engin
     assert choice["finish_reason"] == "length"
 
 
+async def test_a_call_that_a_stop_string_cuts_off_is_none_to_make(http: httpx.AsyncClient, live_url: str, engine: FakeEngineClient):
+    engine.script = turn_script(WEATHER_CALL)
+
+    choice = await chat(http, stop="}")
+    pieces = streamed(live_url, stop="}")
+
+    assert choice["message"]["tool_calls"][0]["function"]["arguments"] == '{"city": "Rome", "days": 3'
+    assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", "}")
+    assert pieces[-1]["finish_reason"] == "stop"
+
+
+async def test_a_stop_string_behind_the_arguments_leaves_a_call_whole(http: httpx.AsyncClient, engine: FakeEngineClient):
+    engine.script = turn_script(WEATHER_CALL)
+
+    choice = await chat(http, stop="</tool_call>")
+
+    assert json.loads(choice["message"]["tool_calls"][0]["function"]["arguments"]) == {"city": "Rome", "days": 3}
+    assert choice["finish_reason"] == "tool_calls"
+
+
 async def test_tools_and_how_to_call_them_stand_in_the_prompt(http: httpx.AsyncClient, engine: FakeEngineClient):
     engine.script = turn_script(" Yes")
 

@@ -264,6 +264,14 @@ async def test_max_output_tokens_reaches_the_engine_and_without_it_all_the_room_
     assert second.sampling.max_tokens == 2048 - len(second.prompt_token_ids)
 
 
+async def test_a_call_that_a_stop_string_cuts_off_is_incomplete(http: httpx.AsyncClient, engine: FakeEngineClient):
+    engine.script = turn_script(WEATHER_CALL)
+
+    (call,) = (await respond(http, tools=[WEATHER], stop=["}"]))["output"]
+
+    assert (call["status"], call["arguments"]) == ("incomplete", '{"city": "Rome", "days": 3')
+
+
 async def test_logprobs_come_with_the_text_where_they_are_included(http: httpx.AsyncClient, engine: FakeEngineClient):
     engine.script = turn_script(f" Hello world!\n{WEATHER_CALL}")
 
