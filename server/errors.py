@@ -43,6 +43,7 @@ from server.limits import Limits
 log = structlog.get_logger(__name__)
 
 MAX_SHOWN_VALUE_CHARS = 60
+CONTENT_FIELDS = frozenset({"prompt", "messages", "input", "instructions", "system"})  # what stands there is nobody's to repeat
 
 
 class ApiError(Exception):
@@ -280,9 +281,9 @@ def _from_validation(error: ValidationError, *, max_chars: int) -> InvalidReques
     param = shortened(str(first["loc"][0]), MAX_SHOWN_VALUE_CHARS)
     where = shortened(".".join(str(part) for part in first["loc"][:6]), MAX_SHOWN_VALUE_CHARS)
     complaint = first["msg"].removeprefix("Value error, ")
-    return InvalidRequest(
-        shortened(f"{where}: {complaint[:1].lower()}{complaint[1:]}, found {shown(first['input'])}", max_chars), param=param
-    )
+    is_content = first["loc"][0] in CONTENT_FIELDS and first["loc"][-1] not in ("role", "type") and isinstance(first["input"], str)
+    found = "a string" if is_content else shown(first["input"])
+    return InvalidRequest(shortened(f"{where}: {complaint[:1].lower()}{complaint[1:]}, found {found}", max_chars), param=param)
 
 
 def _from_parameters(error: RequestValidationError, *, max_chars: int) -> InvalidRequest:

@@ -16,20 +16,20 @@ number of connections, requests in advance, and clients that never read. Here ea
 
 import asyncio
 import fcntl
-import json
 import struct
 import termios
 import uuid
 from collections.abc import Callable
 from http import HTTPStatus
 from typing import ClassVar
+from urllib.parse import unquote
 
 import httptools
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from server.auth import is_open
-from server.errors import ApiError, BodyTimeout, HeadersTooLarge, InvalidRequest, Unavailable, error_body, refusal_response
+from server.errors import ApiError, BodyTimeout, HeadersTooLarge, InvalidRequest, Unavailable, refusal_response
 from server.limits import Limits
 from server.middleware import RequestContext
 
@@ -202,6 +202,11 @@ class BoundedHttp(HttpToolsProtocol):
         """Method and path, before uvicorn fills its own scope."""
         return {"method": self.parser.get_method().decode("ascii"), "raw_path": self.url.partition(b"?")[0]}
 
+    def _path_so_far(self) -> str:
+        """Of the request whose head is being read, or has been; the empty string before there is one."""
+        url: bytes = getattr(self, "url", b"")
+        return unquote(url.partition(b"?")[0].decode("latin-1"))
+
     def _close(self) -> None:
         """Once what has been written is out."""
         self.transport.close()
@@ -256,16 +261,12 @@ class BoundedHttp(HttpToolsProtocol):
         if self._can_answer():
             if not self._is_in_head:
                 self.cycle.disconnected = True  # what the application may still say comes too late
-            body = json.dumps(error_body(error)).encode()
-            headers = {
-                "content-type": "application/json",
-                "content-length": str(len(body)),
-                "x-request-id": uuid.uuid4().hex,
-                **error.headers,
-                "connection": "close",
-            }
-            head = [f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}", *(f"{name}: {value}" for name, value in headers.items())]
-            self.transport.write("\r\n".join([*head, "", ""]).encode() + body)
+            request_id = uuid.uuid4().hex
+            response = refusal_response(error, {"path": self._path_so_far(), "state": {"request_id": request_id}})
+            response.headers.update({"x-request-id": request_id, "connection": "close"})
+            head = [f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}".encode()]
+            head += [name + b": " + value for name, value in response.raw_headers]
+            self.transport.write(b"\r\n".join([*head, b"", bytes(response.body)]))
         self._close()
 
 

@@ -57,7 +57,7 @@ class OutputItems:
         return self._take(self._reader.push(text))
 
     def finish(self, *, is_cut: bool) -> list[ItemEvent]:
-        """Take the end. `is_cut` says that the generation was not over: the last item is incomplete then, as is a call that is not whole."""
+        """Take the end. `is_cut` says that the generation was not over: the last item is incomplete then, and so is half a call."""
         events = self._take(self._reader.flush())
         if self._open is None and not self._done:
             events += self._begin_message()

@@ -442,6 +442,34 @@ def test_a_secret_prompt_is_not_in_the_error(server: Server):
         assert "secret" not in server.post(json.dumps(body).encode()).text
 
 
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": "my secret"}),
+        ("/v1/chat/completions", {"messages": ["my secret"]}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": ["my secret"]}]}),
+        ("/v1/responses", {"input": ["my secret"]}),
+        ("/v1/responses", {"input": [{"role": "user", "content": ["my secret"]}]}),
+        ("/v1/messages", {"max_tokens": 1, "messages": "my secret"}),
+        ("/v1/messages", {"max_tokens": 1, "messages": [{"role": "user", "content": "x"}], "system": ["my secret"]}),
+        ("/tokenize", {"messages": "my secret"}),
+    ],
+)
+async def test_nor_is_what_somebody_says(http: httpx.AsyncClient, path: str, body: dict):
+    response = await http.post(path, json=body)
+
+    assert response.status_code == 400
+    assert "secret" not in response.text
+
+
+@pytest.mark.anyio
+async def test_a_wrong_role_is_told(http: httpx.AsyncClient):
+    response = await http.post("/v1/chat/completions", json={"messages": [{"role": "critic", "content": "x"}]})
+
+    assert "'critic'" in response.json()["error"]["message"]
+
+
 SCALARS = (
     st.none()
     | st.booleans()

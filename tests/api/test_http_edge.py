@@ -253,6 +253,18 @@ def test_headers_without_end_are_refused_while_they_come(bounded_address: tuple[
         assert error["code"] == "headers_too_large"
 
 
+@pytest.mark.parametrize("limits", [replace(Limits(), max_header_bytes=2000)])
+@pytest.mark.parametrize("more", [b"x-big: " + b"x" * 5000, b"Transfer-Encoding: chunked\r\n\r\nzz\r\n"])
+def test_what_is_refused_while_it_comes_has_anthropics_shape_on_its_path(bounded_address: tuple[str, int], more: bytes):
+    with socket.create_connection(bounded_address, timeout=5) as connection:
+        connection.sendall(b"POST /v1/messages?beta=true HTTP/1.1\r\nContent-Type: application/json\r\n" + more)
+        head, _, body = b"".join(iter(lambda: connection.recv(65536), b"")).partition(b"\r\n\r\n")
+
+    answer = json.loads(body)
+    assert (answer["type"], answer["error"]["type"]) == ("error", "request_too_large" if b"431" in head[:12] else "invalid_request_error")
+    assert f"\r\nrequest-id: {answer['request_id']}" in head.decode()
+
+
 def test_headers_that_come_too_slowly_are_408(bounded_address: tuple[str, int]):
     status, error = answer_to(bounded_address, b"GET /livez HTTP/1.1\r\nx-slow: ")
 
