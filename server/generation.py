@@ -78,7 +78,7 @@ class Generations:
             async with aclosing(self._client.generate(self._requests[sequence])) as deltas:
                 async for delta in deltas:
                     meter.saw(delta)
-                    if delta.finish_reason in _FAILURES:
+                    if delta.finish_reason is not None and delta.finish_reason in _FAILURES:
                         reason = delta.finish_reason
                         raise _failure_of(reason, request_id=delta.request_id)
                     chunk = self._texts[sequence].push(delta)
