@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from engine.errors import ConfigError
+from engine.huggingface_config import is_huggingface, model_fields
 
 DType = Literal["float32", "bfloat16"]
 
@@ -104,12 +105,14 @@ class ModelConfig:
     def from_json(cls, raw: object) -> "ModelConfig":
         """Build from the parsed content of a `config.json`; unknown or missing keys are refused by name.
 
-        The original's keys that concern training or its own runner are ignored.
+        The original's keys that concern training or its own runner are ignored. The keys of the Hugging Face layouts are understood, too.
         """
         if not isinstance(raw, dict):
             raise ConfigError("model config: the top level must be an object")
         flat: dict[str, Any] = {}
         top = cast("dict[str, Any]", raw)
+        if is_huggingface(top):
+            top = model_fields(top)
         for key, value in top.items():
             if key in ("model", "derived"):
                 if not isinstance(value, dict):

@@ -8,13 +8,14 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Literal
 
+from engine.checkpoint.huggingface import holds_huggingface, open_huggingface
 from engine.checkpoint.released import MismatchError, find_released_dir, open_released, released_dirs
 from engine.checkpoint.store import holds_store, open_store
 from engine.checkpoint.tensors import Checkpoint, HostTensor
 from engine.config import ModelConfig, find_model_config
 from engine.errors import CheckpointError
 
-Format = Literal["released", "store"]
+Format = Literal["released", "store", "huggingface"]
 
 
 def open_checkpoint(model_dir: Path, config: ModelConfig, *, report: Callable[[HostTensor], None] | None = None) -> Checkpoint:
@@ -25,6 +26,8 @@ def open_checkpoint(model_dir: Path, config: ModelConfig, *, report: Callable[[H
     match find_format(model_dir):
         case "store":
             return open_store(model_dir, config, report=report)
+        case "huggingface":
+            return open_huggingface(model_dir, config, report=report)
         case "released":
             return _open_released(model_dir, config, report=report)
 
@@ -38,6 +41,8 @@ def find_format(model_dir: Path) -> Format:
         found.append("store")
     if released_dirs(model_dir):
         found.append("released")
+    if holds_huggingface(model_dir):
+        found.append("huggingface")
     if len(found) > 1:
         raise CheckpointError(f"{model_dir}: holds files of two checkpoints, {_LOOKS[found[0]]} and {_LOOKS[found[1]]}; remove one of them")
     if not found:
@@ -48,6 +53,7 @@ def find_format(model_dir: Path) -> Format:
 _LOOKS: dict[Format, str] = {
     "released": "the release's tensor00000_000 ... in it, in its ckpt-0/ or in its ckpt/",
     "store": "a conversion's manifest.json and weights-*.safetensors",
+    "huggingface": "a Hugging Face layout's model*.safetensors or pytorch_model*.bin",
 }
 
 

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from forward_harness import ForwardHarness, engine_config, no_report
+from huggingface_layouts import config_of, layout_of, write_repository
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 from numpy_grok import numpy_logits
@@ -24,6 +26,8 @@ from engine.sharding import MESH_AXES, make_mesh
 
 pytestmark = pytest.mark.timeout(400)  # sharded programs compile slowly
 
+TINY_A = Path(__file__).parents[1] / "data" / "tiny-a"
+ORACLE = np.load(TINY_A / "oracle.npz")
 TOLERANCE = 1e-4
 MODEL = replace(CONFIG, num_layers=1, num_kv_heads=8, num_experts=4, num_selected_experts=2, row_parallel_scale_groups=4)
 PROMPT = np.random.default_rng(7).integers(0, MODEL.vocab_size, 21).tolist()
@@ -88,7 +92,7 @@ def test_packed_int4_is_dequantised_on_the_device_as_it_is_at_load(models: Path)
     plain, packed = load(models / "int4-64", dtype="bfloat16"), load(models / "int4-64", dtype="bfloat16", keep_int8=True)
 
     restored = jax.tree.map(
-        lambda leaf: dequantize(leaf, np.dtype(jax.numpy.bfloat16)) if isinstance(leaf, PackedInt4Array) else leaf,
+        lambda leaf: dequantize(leaf, np.dtype(jnp.bfloat16)) if isinstance(leaf, PackedInt4Array) else leaf,
         packed,
         is_leaf=lambda leaf: isinstance(leaf, PackedInt4Array),
     )
@@ -145,6 +149,22 @@ def test_a_product_over_devices_needs_one_all_reduce_by_rows_and_nothing_by_colu
 
     assert collectives(layer.attention_out, PartitionSpec(None, "tensor"), PartitionSpec()) == ["all-reduce"]
     assert collectives(layer.query, PartitionSpec(), PartitionSpec(None, "tensor")) == []
+
+
+@pytest.mark.parametrize("layout", ["hpcai", "keyfan"])
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_tiny_a_in_a_hugging_face_layout_gives_its_logits_with_weights_rounded_to_bfloat16(tmp_path: Path, layout: str, kind: str):
+    released, config = opened(TINY_A), read_model_config(TINY_A)
+    model_dir = write_repository(tmp_path / layout, layout_of(released, layout), config_of(config, layout), kind=kind, num_files=3)
+
+    params = load(model_dir)
+
+    rounded = jax.tree.map(lambda array: array.astype(jnp.bfloat16).astype(np.float32), load(TINY_A))
+    jax.tree.map(np.testing.assert_array_equal, params, rounded)
+    prompt = ORACLE["prompt_4"].tolist()
+    (found,) = ForwardHarness(engine_config(config, max_num_batched_tokens=80), params).run([(prompt, [len(prompt)])])
+    np.testing.assert_allclose(found, numpy_logits(rounded, prompt, config), rtol=0, atol=TOLERANCE)
+    assert np.sqrt(np.square(found - ORACLE["f32/full_logits_4"]).mean()) < 0.05
 
 
 def test_devices_that_cannot_share_the_bytes_are_refused(tmp_path: Path):
