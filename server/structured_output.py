@@ -19,7 +19,7 @@ from pydantic import ConfigDict, TypeAdapter
 from server.closed_schema import closed_schema
 from server.errors import InvalidRequest, shown
 from server.limits import Limits
-from server.schemas.structured import ResponseFormat, StructuredFields, StructuredOutputs, TextFormat
+from server.schemas.structured import GUIDED_FIELDS, ResponseFormat, StructuredFields, StructuredOutputs, TextFormat
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions  # only its stubs have it
@@ -110,7 +110,7 @@ def _constraints(body: StructuredFields) -> Iterable[tuple[str, Any]]:
         yield "response_format", body.response_format
     if body.structured_outputs is not None:
         yield "structured_outputs", body.structured_outputs
-    for name in ("guided_json", "guided_regex", "guided_choice", "guided_grammar"):
+    for name in GUIDED_FIELDS:
         if (value := getattr(body, name)) is not None:
             yield name, value
 

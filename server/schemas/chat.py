@@ -165,6 +165,11 @@ class ChatRequest(ConversationFields, SamplingFields, StructuredFields):
         "echo": "ask /v1/completions for it",
         "best_of": "use n",
         "prompt_logprobs": "ask /v1/completions for them",
+        "prompt": "use messages, or ask /v1/completions",
+        "input": "use messages, or ask /v1/responses",
+        "system": "use a message of role system",
+        "max_output_tokens": "use max_completion_tokens",
+        "stop_sequences": "use stop",
     }
 
     max_tokens: int | None = Field(None, ge=1)

@@ -1,6 +1,7 @@
 """The wire types of `POST /v1/completions`: the request as OpenAI documents it, and one answer shape for streamed and whole alike."""
 
-from typing import Annotated, Any, cast
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, cast
 
 import msgspec
 from pydantic import Field, PlainValidator, ValidationInfo, WithJsonSchema
@@ -61,6 +62,16 @@ Prompts = Annotated[
 
 class CompletionRequest(SamplingFields, StructuredFields):
     """A body of `POST /v1/completions`. `prompt` is always a tuple here; no prompt is one empty text, the document start."""
+
+    refused_fields: ClassVar[Mapping[str, str]] = {
+        **SamplingFields.refused_fields,
+        "messages": "send a prompt, or ask /v1/chat/completions",
+        "input": "send a prompt, or ask /v1/responses",
+        "tools": "ask /v1/chat/completions",
+        "max_completion_tokens": "use max_tokens",
+        "max_output_tokens": "use max_tokens",
+        "stop_sequences": "use stop",
+    }
 
     prompt: Prompts = ("",)
     suffix: str = ""

@@ -11,7 +11,7 @@ import msgspec
 from pydantic import BeforeValidator, FailFast, Field, Strict, WithJsonSchema
 
 from server.schemas.common import SamplingFields, StopStrings, WireModel
-from server.schemas.structured import Schema
+from server.schemas.structured import GUIDED_FIELDS, Schema
 
 
 def _blocks(value: Any) -> Any:
@@ -125,6 +125,11 @@ class MessagesRequest(SamplingFields, ConversationFields):
         "response_format": "use output_config.format",
         "structured_outputs": "use output_config.format",
         "prompt": "use messages",
+        "input": "use messages",
+        "instructions": "use system",
+        "stop": "use stop_sequences",
+        "logprobs": "ask /v1/chat/completions for them",
+        **dict.fromkeys(GUIDED_FIELDS, "use output_config.format"),
     }
 
     max_tokens: int = Field(ge=0)

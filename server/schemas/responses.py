@@ -11,7 +11,7 @@ import msgspec
 from pydantic import BeforeValidator, FailFast, Field, Strict, WithJsonSchema
 
 from server.schemas.common import SamplingFields, WireModel
-from server.schemas.structured import Schema, TextFormat
+from server.schemas.structured import GUIDED_FIELDS, Schema, TextFormat
 
 MAX_METADATA_PAIRS, MAX_METADATA_KEY_CHARS, MAX_METADATA_VALUE_CHARS = 16, 64, 512  # OpenAI's bounds
 LOGPROBS_INCLUDED = "message.output_text.logprobs"
@@ -129,6 +129,11 @@ class ResponsesRequest(SamplingFields):
         "structured_outputs": "use text.format",
         "messages": "use input",
         "max_tokens": "use max_output_tokens",
+        "max_completion_tokens": "use max_output_tokens",
+        "stop_sequences": "use stop",
+        "system": "use instructions",
+        "logprobs": "use include and top_logprobs",
+        **dict.fromkeys(GUIDED_FIELDS, "use text.format"),
     }
 
     input: InputItems = ()

@@ -80,6 +80,9 @@ class StructuredOutputs(WireModel):
     structural_tag: Any = None
 
 
+GUIDED_FIELDS = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")  # that constrain, of those below
+
+
 class StructuredFields(WireModel):
     """What a request may say of the form of its text; a base of the requests that generate."""
 

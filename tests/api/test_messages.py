@@ -23,6 +23,7 @@ from engine.types import FinishReason, TokenDelta
 from server.api_keys import ApiKey, ApiKeys
 from server.app import create_app
 from server.limits import Limits
+from server.schemas.messages import MessagesRequest
 
 pytestmark = pytest.mark.anyio
 
@@ -334,6 +335,11 @@ async def test_what_cannot_be_done_is_refused_in_anthropics_shape(http: httpx.As
 
     assert error["type"] == "invalid_request_error"
     assert engine.submitted == []
+
+
+@pytest.mark.parametrize("name", sorted(MessagesRequest.refused_fields))
+async def test_what_would_change_the_meaning_is_refused_by_name(http: httpx.AsyncClient, name: str):
+    assert (await refusal(http, **{name: "x"}))["message"].startswith(f"{name} is not supported: ")
 
 
 async def test_too_many_stop_sequences_are_refused_by_anthropics_name_of_them(http: httpx.AsyncClient):

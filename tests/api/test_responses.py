@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from tiny_tokenizer import tiny_tokenizer
 
 from server.limits import Limits
+from server.schemas.responses import ResponsesRequest
 
 pytestmark = pytest.mark.anyio
 
@@ -371,6 +372,14 @@ async def test_metadata_is_bounded_as_openai_bounds_it(http: httpx.AsyncClient, 
     assert (await respond(http, metadata=at_the_cap))["metadata"] == at_the_cap
 
     assert (await refusal(http, metadata=past_it))["param"] == "metadata"
+
+
+@pytest.mark.parametrize("name", sorted(ResponsesRequest.refused_fields))
+async def test_what_would_change_the_meaning_is_refused_by_name(http: httpx.AsyncClient, name: str):
+    error = await refusal(http, **{name: "x"})
+
+    assert error["param"] == name
+    assert error["message"].startswith(f"{name} is not supported: ")
 
 
 @pytest.mark.parametrize("limits", [replace(Limits(), max_messages=3)])
