@@ -169,7 +169,8 @@ async def test_while_too_many_grammars_wait_a_request_may_come_again(engine: Fak
         )
 
     refused = [answer for answer in answers if answer.status_code == 503]
-    assert {answer.status_code for answer in answers} == {400, 503}
+    assert {answer.status_code for answer in answers} <= {400, 503}  # on a machine that is very busy, a check is given up, too
+    assert len(refused) >= 3  # all but the one that is checked and the one that waits
     assert {answer.json()["error"]["code"] for answer in refused} == {"server_overloaded"}
     assert all("retry-after" in answer.headers for answer in refused)
 

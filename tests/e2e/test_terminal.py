@@ -385,19 +385,26 @@ def test_ctrl_c_in_a_chat_ends_the_generation_in_the_server():
         assert terminal.wait() == 0
 
 
+def type_and_drop(terminal: PseudoTerminal, text: str) -> None:
+    """Ctrl-C at the prompt, once the keys before it show that the prompt reads keys: between writing it and that, Python may miss one."""
+    terminal.type(text)
+    terminal.wait_for(text)
+    terminal.type(CTRL_C)
+
+
 def test_ctrl_c_twice_at_the_prompt_leaves_and_once_does_not():
     with scripted(chunks=[chat_event("Fine."), DONE]) as (_, url), chatting(url) as terminal:
-        terminal.type("half a li" + CTRL_C)
+        type_and_drop(terminal, "half a li")
         terminal.wait_for("again leaves")
         terminal.wait_for("> ")
         terminal.type("Hello\n")
         terminal.wait_for("Fine.")
         terminal.wait_for("> ")
 
-        terminal.type(CTRL_C)
+        type_and_drop(terminal, "x")
         terminal.wait_for("again leaves")
         terminal.wait_for("> ")
-        terminal.type(CTRL_C)
+        type_and_drop(terminal, "y")
 
         assert terminal.wait() == 0
 
@@ -513,7 +520,7 @@ def test_ctrl_c_while_the_own_server_starts_ends_both():
 
         terminal.type(CTRL_C)
 
-        assert terminal.wait(within_s=30) == 130
+        assert terminal.wait(within_s=30) == 130, terminal.shown
         assert not any(map(is_running, pids))
         assert "Traceback" not in terminal.shown
 
