@@ -84,3 +84,38 @@ def test_the_clients_own_schema_is_not_touched():
     closed_schema(schema)
 
     assert schema == {"type": "object", "properties": {"pet": OPEN}}
+
+
+def of_kind(kind: str, **says: Any) -> dict[str, Any]:
+    return {"type": "object", "properties": {"kind": {"const": kind}, kind: {"type": "integer"}}, "required": ["kind"]} | says
+
+
+def test_one_of_several_objects_is_closed_where_a_constant_or_a_name_tells_them_apart():
+    in_place = {"oneOf": [of_kind("cat"), of_kind("dog"), {"type": "null"}]}
+    referred_to = {"oneOf": [{"$ref": "#/$defs/Cat"}, {"$ref": "#/$defs/Dog"}], "$defs": {"Cat": of_kind("cat"), "Dog": of_kind("dog")}}
+
+    closed = closed_schema({"type": "array", "items": in_place})["items"]["oneOf"]
+    defined = closed_schema(referred_to)["$defs"]
+
+    assert [one["additionalProperties"] for one in closed[:2]] == [False, False]
+    assert [one["additionalProperties"] for one in defined.values()] == [False, False]
+    named = [{"type": "object", "properties": {name: {"type": "integer"}}, "required": [name]} for name in ("a", "b")]
+    assert [one["additionalProperties"] for one in closed_schema({"oneOf": named})["oneOf"]] == [False, False]
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        [OPEN | {"required": ["name"]}, {"type": "object", "properties": {"age": {"type": "integer"}}}],
+        [of_kind("cat"), of_kind("cat")],
+        [of_kind("cat"), of_kind("dog", required=[])],
+        [of_kind("cat"), {"$ref": "#/elsewhere"}],
+        [of_kind("cat"), True],
+        [of_kind(f"kind {number}") for number in range(33)],
+    ],
+    ids=["no constant", "the same constant", "not required", "not seen", "anything", "too many to compare"],
+)
+def test_one_of_several_objects_stays_open_where_a_text_could_be_two_of_them(choices: list[Any]):
+    schema = {"oneOf": choices}
+
+    assert closed_schema(schema) == schema
