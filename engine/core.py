@@ -176,7 +176,7 @@ class EngineCore:
             deltas += self._wait()
         if launched is not None and launched.output is None:
             self._choose_late(launched)
-        return deltas + self._resume_displaced()
+        return deltas
 
     def stats(self) -> EngineStats:
         """Gauges and totals as of now."""
@@ -329,14 +329,6 @@ class EngineCore:
                     self.scheduler.add(sequence)
             elif (chosen := self._advancing.pop(constraint, None)) is not None:
                 deltas.append(self._add_token(chosen))
-        return deltas
-
-    def _resume_displaced(self) -> list[TokenDelta]:
-        """Wait for those who lost their slot in this step: none is admitted again while its token is pending."""
-        deltas: list[TokenDelta] = []
-        while any(chosen.sequence.slot is None for chosen in self._advancing.values()):
-            assert self._grammars is not None, "a thread is at work"
-            deltas += self._resume(self._grammars.take(wait_s=IDLE_WAIT_S))
         return deltas
 
     def _wait(self) -> list[TokenDelta]:

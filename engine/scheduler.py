@@ -118,7 +118,7 @@ class Scheduler:
             if not budget:
                 break
             budget -= self._read(sequence, budget, items)
-        # A sequence that gave way may have a pending token. It is known before the next pass, and none of them is let in before that.
+        # Who gave way in this pass may come back in the next one, but not before its pending token is known.
         admitted = self._admit(budget, items, heirs) if self.num_preemptions == preemptions_before else []
         return Schedule(items=tuple(items), admitted=tuple(admitted))
 
@@ -132,7 +132,7 @@ class Scheduler:
             return []
         if self._preempted and spare and self._queue_preempted(spare, heirs[0].request.tenant):
             heirs, spare = self._newcomers.exchange()
-        able = [each for each in self.running[1:] if each in spare and each.num_yields < MAX_YIELDS]
+        able = [each for each in self.running[1:] if each in spare and each.num_yields < MAX_YIELDS and not _awaits_host(each)]
         if not able or self._preempted:
             return []
         served: list[Sequence] = []
@@ -142,7 +142,7 @@ class Scheduler:
         num_able = sum(len(each.block_ids) for each in able)  # blocks, perhaps fewer: some are shared
         for heir in heirs:
             num_available = self.pool.num_free + num_able
-            if budget <= 0 or heir.num_preemptions >= MAX_PREEMPTIONS or self._is_refused(heir, num_available):
+            if budget <= 0 or heir.num_preemptions >= MAX_PREEMPTIONS or heir.num_pending_tokens or self._is_refused(heir, num_available):
                 break
             num_needed += self._num_blocks_needed(heir)
             if num_needed > num_available - self._watermark:
@@ -240,7 +240,7 @@ class Scheduler:
         admitted: list[Sequence] = []
         candidates = iter(heirs) if heirs else iter(self._next, None)
         while budget and self._free_slots and (sequence := next(candidates, None)):
-            if self._is_refused(sequence, self.pool.num_free):
+            if sequence.num_pending_tokens or self._is_refused(sequence, self.pool.num_free):
                 break
             hit = self.cache.lookup(sequence)
             if self._is_being_scored(sequence, len(hit)):
@@ -336,3 +336,8 @@ class Scheduler:
 
     def _num_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
+
+
+def _awaits_host(sequence: Sequence) -> bool:
+    """Its next choice takes long to prepare. Were it to yield now, it could not come in again before that, nor could those behind it."""
+    return sequence.needs_host and sequence.num_pending_tokens > 0

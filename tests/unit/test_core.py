@@ -581,6 +581,7 @@ class OnCall(Grammars):
     def __init__(self) -> None:
         super().__init__(compile_digits)
         self.jobs: list[tuple[Constraint, Callable[[], None]]] = []
+        self.may_wait = True
 
     def start(self, constraint: Constraint, output_token_ids: Iterable[int]) -> None:
         self.jobs.append((constraint, lambda: constraint.start(compile_digits, output_token_ids)))
@@ -590,6 +591,7 @@ class OnCall(Grammars):
 
     def take(self, *, wait_s: float = 0.0) -> list[Constraint]:
         if wait_s:
+            assert self.may_wait, "everybody waits for a thread"
             self.work()
         return super().take()
 
@@ -723,6 +725,32 @@ def test_a_sequence_that_loses_its_slot_while_its_mask_is_looked_for_comes_back_
     deltas = run_until_idle(core)
 
     assert core.stats().num_preemptions > 0
+    assert [joined(deltas[each.request_id]) for each in requests] == [wanted(each) for each in requests]
+
+
+def test_nobody_waits_for_the_mask_of_a_sequence_that_lost_its_slot() -> None:
+    grammars = OnCall()
+    core, _ = scripted_core(engine_config(num_blocks=6), grammars=grammars)
+    sampling = replace(GREEDY, temperature=0.5, max_tokens=12)
+    requests = [request("a", *range(3, 10), sampling=sampling), under(NUMBERS, "b", *range(10, 17), sampling=sampling)]
+    for each in requests:
+        core.submit(each)
+    grammars.work()
+    deltas: dict[str, list[TokenDelta]] = {"a": [], "b": []}
+
+    grammars.may_wait = False
+    is_awaited = False
+    while not deltas["a"] or not deltas["a"][-1].finish_reason:
+        if core.stats().num_steps % 2 and not is_awaited:
+            grammars.work()
+        for delta in core.step():
+            deltas[delta.request_id].append(delta)
+        is_awaited = is_awaited or any(each.num_pending_tokens for each in core.scheduler.waiting)
+    grammars.may_wait = True
+    for request_id, rest in run_until_idle(core).items():
+        deltas[request_id] += rest
+
+    assert is_awaited
     assert [joined(deltas[each.request_id]) for each in requests] == [wanted(each) for each in requests]
 
 
