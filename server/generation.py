@@ -80,7 +80,7 @@ class Generations:
                     meter.saw(delta)
                     if delta.finish_reason is not None and delta.finish_reason in _FAILURES:
                         reason = delta.finish_reason
-                        raise _failure_of(reason, request_id=delta.request_id)
+                        raise _failure_of(reason, self._requests[sequence])
                     chunk = self._texts[sequence].push(delta)
                     self._arrived.append(Update(sequence, delta, chunk))
                     self._has_news.set()
@@ -99,9 +99,13 @@ class Generations:
 _FAILURES = frozenset({FinishReason.ERROR, FinishReason.DEADLINE, FinishReason.GRAMMAR})
 
 
-def _failure_of(reason: str, *, request_id: str) -> Exception:
+def _failure_of(reason: str, request: GenerationRequest) -> Exception:
     if reason == FinishReason.DEADLINE:
         return DeadlineExceeded("the request's timeout passed before it was finished; raise timeout or ask for less", param="timeout")
     if reason == FinishReason.GRAMMAR:
-        return GrammarLimit("following the grammar or schema took more than this server spends on one token; simplify it")
-    return InternalError(f"the generation {request_id} failed alone; other requests are not affected")
+        took_too_much = "following the grammar or schema took more than this server spends on one token; simplify it"
+        sampling = request.sampling
+        narrows = sampling.allowed_token_ids or sampling.bad_words or sampling.min_tokens
+        other_cause = "no token was left that the grammar or schema and allowed_token_ids, bad_words and min_tokens allow, or "
+        return GrammarLimit(other_cause + took_too_much if narrows else took_too_much)
+    return InternalError(f"the generation {request.request_id} failed alone; other requests are not affected")

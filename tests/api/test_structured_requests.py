@@ -51,6 +51,13 @@ async def refusal(http: httpx.AsyncClient, path: str, **fields: Any) -> dict[str
     return error
 
 
+async def refusal_with_code(http: httpx.AsyncClient, **fields: Any) -> str:
+    """The message of a grammar's end."""
+    error = (await asked(http, "/v1/completions", **fields)).json()["error"]
+    assert error["code"] == "grammar_limit"
+    return error["message"]
+
+
 @every_endpoint
 async def test_a_request_without_a_form_has_no_grammar(http: httpx.AsyncClient, engine: FakeEngineClient, path: str):
     assert await grammar_of(http, engine, path) is None
@@ -145,6 +152,17 @@ async def test_a_generation_that_its_grammar_ends_is_the_clients_to_mend(http: h
 
     assert response.status_code == 400
     assert response.json()["error"]["code"] == "grammar_limit"
+
+
+async def test_a_generation_that_nothing_is_left_for_hears_of_the_other_fields(http: httpx.AsyncClient, engine: FakeEngineClient):
+    engine.script = lambda request: [TokenDelta(request.request_id, (), finish_reason=FinishReason.GRAMMAR)]
+
+    alone = await refusal_with_code(http, guided_regex="a+")
+    narrowed = await refusal_with_code(http, guided_regex="a+", allowed_token_ids=[5])
+
+    assert "allowed_token_ids" not in alone
+    assert "no token was left" in narrowed
+    assert "allowed_token_ids" in narrowed
 
 
 async def test_without_a_tokenizer_there_are_no_grammars(idless_app: FastAPI):
