@@ -42,7 +42,8 @@ class Asked:
 
 def complete(asked: Asked, text: str | None, *, is_echoed: bool) -> int:
     """Continue `text`, or stdin where it is `-` or None. Returns the exit status; raises `EngineError` with one line."""
-    prompt = read_stdin() if text == "-" or (text is None and not sys.stdin.isatty()) else text
+    _check_has_output()
+    prompt = read_stdin() if text == "-" or (text is None and not _has_user()) else text
     if prompt is None:
         raise RemoteError('there is nothing to continue: give a text, as in grok-server complete "Once upon a time", or pipe one in')
     screen = Screen()
@@ -58,7 +59,8 @@ def complete(asked: Asked, text: str | None, *, is_echoed: bool) -> int:
 
 def chat(asked: Asked, *, system: str | None) -> int:
     """Talk until the user leaves; where no user sits at a terminal, answer what is piped in. Otherwise like `complete`."""
-    is_interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    _check_has_output()
+    is_interactive = _has_user() and sys.stdout.isatty()
     message = None if is_interactive else read_stdin()
     if message is not None and not message.strip():
         raise RemoteError("there is nothing to answer: stdin is empty; pipe a message in, or chat at a terminal")
@@ -85,8 +87,14 @@ class Screen:
 
     def write(self, text: str) -> None:
         if text:
-            sys.stdout.write(harmless(text) if self.is_terminal else text)
-            sys.stdout.flush()
+            try:
+                sys.stdout.write(harmless(text) if self.is_terminal else text)
+                sys.stdout.flush()
+            except BrokenPipeError:
+                raise
+            except OSError as error:
+                _write_nowhere()
+                raise RemoteError(f"the text cannot be written: {error.strerror}", exit_status=1) from None
             self._is_line_open = not text.endswith("\n")
 
     def took_keys(self) -> None:
@@ -192,7 +200,7 @@ def show(pieces: Generator[str], screen: Screen) -> Shown:
 
 def read_stdin() -> str:
     """All of it as one text, without the line feed that ends it. Raises `RemoteError` where that cannot be a prompt."""
-    content = sys.stdin.buffer.read(MAX_INPUT_BYTES + 1)
+    content = b"" if sys.stdin is None else sys.stdin.buffer.read(MAX_INPUT_BYTES + 1)
     if len(content) > MAX_INPUT_BYTES:
         raise RemoteError(f"stdin has more than {MAX_INPUT_BYTES:,} bytes, which no model takes")
     try:
@@ -262,9 +270,24 @@ def _until_interrupted(run: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        with open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), sys.stdout.fileno())  # the interpreter's last flush goes there
+        _write_nowhere()
         return READER_GONE
+
+
+def _write_nowhere() -> None:
+    """The interpreter's last flush, too."""
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
+
+
+def _has_user() -> bool:
+    """Whether somebody sits at stdin, which may be closed."""
+    return sys.stdin is not None and sys.stdin.isatty()
+
+
+def _check_has_output() -> None:
+    if sys.stdout is None:
+        raise RemoteError("stdout is closed: there is nowhere to write a text")
 
 
 def _listens(url: str) -> bool:

@@ -187,6 +187,16 @@ def test_a_reader_that_goes_away_ends_the_generation_without_a_word():
     assert result.stderr == ""
 
 
+@pytest.mark.parametrize(("output", "told", "status"), [(">/dev/full", "No space left on device", 1), (">&-", "stdout is closed", 2)])
+def test_a_text_that_cannot_be_written_is_one_line(output: str, told: str, status: int):
+    with scripted(chunks=[completion_event("word")]) as (_, url):
+        command = f"exec {sys.executable} -m server complete x --url {url} {output}"
+        result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+
+    assert told in one_line_of(result)
+    assert result.returncode == status
+
+
 # what goes wrong is one line with the way out
 
 
