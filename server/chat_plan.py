@@ -166,7 +166,7 @@ def _grammar(conversation: Conversation, text_grammar: OutputGrammar | None) -> 
     """The grammar of the whole answer, text or calls."""
     if not conversation.callable_tools:
         return text_grammar
-    if text_grammar is not None and text_grammar.param not in ("response_format", "text", "output_config"):
+    if text_grammar is not None and text_grammar.param not in ("response_format", "text", "output_config", "output_format"):
         raise InvalidRequest(
             f"{text_grammar.param} cannot be combined with tools that may be called: use response_format, or tool_choice none",
             param=text_grammar.param,

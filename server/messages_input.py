@@ -194,10 +194,10 @@ def _text_of(blocks: Iterable[ResultBlock], *, where: str) -> str:
 
 
 def _text_grammar(body: MessagesRequest, *, limits: Limits) -> OutputGrammar | None:
-    chosen = body.output_config.format
-    if chosen is None:
-        return None
-    return OutputGrammar(text=json_grammar(chosen.schema_, param="output_config", limits=limits), param="output_config")
+    if body.output_config.format is not None and body.output_format is not None:
+        raise InvalidRequest("output_format is the older name of output_config.format: send only one of them", param="output_format")
+    chosen, param = (body.output_config.format, "output_config") if body.output_format is None else (body.output_format, "output_format")
+    return None if chosen is None else OutputGrammar(text=json_grammar(chosen.schema_, param=param, limits=limits), param=param)
 
 
 def _required(value: Value | None, name: str, block: InputBlock, *, where: str) -> Value:

@@ -102,6 +102,7 @@ class ConversationFields(WireModel):
     tools: Annotated[tuple[MessagesTool, ...], Strict(False), FailFast()] = ()
     tool_choice: MessagesToolChoice = MessagesToolChoice(type="auto")
     output_config: OutputConfig = OutputConfig()
+    output_format: JsonFormat | None = None  # what `output_config.format` was called first
     thinking: Any = None
     cache_control: Any = None
     speed: Any = None

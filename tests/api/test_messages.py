@@ -337,6 +337,17 @@ async def test_what_cannot_be_done_is_refused_in_anthropics_shape(http: httpx.As
     assert engine.submitted == []
 
 
+async def test_the_form_of_the_text_goes_by_its_older_name_too(http: httpx.AsyncClient, engine: FakeEngineClient):
+    form = {"type": "json_schema", "schema": {"type": "object", "properties": {}}}
+
+    await message(http, output_format=form)
+    await message(http, output_config={"format": form})
+
+    older, newer = (request.grammar for request in engine.submitted)
+    assert older == newer is not None
+    assert "send only one" in (await refusal(http, output_format=form, output_config={"format": form}))["message"]
+
+
 @pytest.mark.parametrize("name", sorted(MessagesRequest.refused_fields))
 async def test_what_would_change_the_meaning_is_refused_by_name(http: httpx.AsyncClient, name: str):
     assert (await refusal(http, **{name: "x"}))["message"].startswith(f"{name} is not supported: ")
