@@ -5,8 +5,8 @@ the mask for the next token. Some masks never change; the rest depend on the tok
 
 Compiling a grammar can take seconds and one mask of a hostile grammar a tenth of a second, while other sequences want their next step. So
 whatever has a grammar is worked on in the threads of `Grammars`: a few for compiling, a few for masks, and one more for those that had a
-slow mask lately, so that nobody else's waits behind them. The core hands work over and takes back what is done. It waits a moment for masks
-that come soon; the others' sequences sit out a step.
+slow mask lately, so that nobody else's waits behind them. Tenants take turns at each of these. The core hands work over and takes back what
+is done. It waits a moment for masks that come soon; the others' sequences sit out a step.
 
 What wins where rules contradict each other: a grammar that nothing may follow ends the sequence, whatever `min_tokens` and `ignore_eos`
 say; so does one that is whole where no token is left to go on with. Otherwise no token left is an end by `FinishReason.GRAMMAR`.
@@ -62,7 +62,9 @@ class Constraint:
         """Raises `RequestError` where the fields of the request leave no token at all."""
         sampling = request.sampling
         self.grammar = request.grammar
+        self.tenant = request.tenant
         self.finish: FinishReason | None = None  # nothing may follow
+        self.is_over = False  # the sequence is; what was not begun for it is left undone
         self._num_slow = 0  # masks that count as slow from now on
         self._runs: dict[int, list[tuple[int, ...]]] = {}  # banned, by their last token but one
         for run in sampling.bad_words:
@@ -198,11 +200,13 @@ class Grammars:
 
 
 class _Threads:
-    """Threads that do one job after the other, started when the first one comes."""
+    """Threads that do one job after the other, of each tenant in turn, started when the first one comes."""
 
     def __init__(self, name: str, count: int, done: "SimpleQueue[tuple[Constraint, BaseException | None]]") -> None:
         self._threads = [threading.Thread(target=self._run, name=name, daemon=True) for _ in range(count)]
-        self._jobs: SimpleQueue[tuple[Constraint, Callable[[], None]]] = SimpleQueue()
+        self._jobs: dict[str, deque[tuple[Constraint, Callable[[], None]]]] = {}  # by tenant, the next one's first
+        self._lock = threading.Lock()  # of `_jobs`
+        self._calls: SimpleQueue[None] = SimpleQueue()  # one per job
         self._done = done
         self._is_started = False
 
@@ -211,13 +215,27 @@ class _Threads:
             self._is_started = True
             for thread in self._threads:
                 thread.start()
-        self._jobs.put((constraint, job))
+        with self._lock:
+            self._jobs.setdefault(constraint.tenant, deque()).append((constraint, job))
+        self._calls.put(None)
+
+    def _next(self) -> tuple[Constraint, Callable[[], None]]:
+        """Waits for a job."""
+        self._calls.get()
+        with self._lock:
+            tenant = next(iter(self._jobs))
+            jobs = self._jobs.pop(tenant)
+            job = jobs.popleft()
+            if jobs:
+                self._jobs[tenant] = jobs
+        return job
 
     def _run(self) -> None:
         while True:
-            constraint, job = self._jobs.get()
+            constraint, job = self._next()
             try:
-                job()
+                if not constraint.is_over:
+                    job()
             except BaseException as error:  # the core raises it
                 self._done.put((constraint, error))
             else:

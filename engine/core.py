@@ -377,6 +377,7 @@ class EngineCore:
         constraint = self._constraints.pop(sequence, None)
         is_scheduled = constraint is None or self._compiling.pop(constraint, None) is None
         if constraint is not None:
+            constraint.is_over = True
             self._advancing.pop(constraint, None)
         if is_scheduled:
             self.scheduler.remove(sequence, discard=not is_sound)

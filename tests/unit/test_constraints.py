@@ -1,11 +1,12 @@
 """Which tokens are left, which rule wins, and that a slow grammar is waited for by its own sequence alone."""
 
+import threading
 import time
 
 import numpy as np
 import pytest
 
-from engine.constraints import NUM_SLOW, PATIENCE_S, QUICK_S, Constraint, Grammars, Words, words_of
+from engine.constraints import NUM_COMPILE_THREADS, NUM_SLOW, PATIENCE_S, QUICK_S, Constraint, Grammars, Words, words_of
 from engine.errors import GrammarError, RequestError
 from engine.types import FinishReason, GenerationRequest, SamplingParams
 
@@ -49,9 +50,13 @@ def compile_counting(grammar: str) -> Counting:
         raise GrammarError(f"{grammar} is no number") from None
 
 
+def new_constraint(*, grammar: str | None = None, tenant: str = "", **sampling: object) -> Constraint:
+    request = GenerationRequest(request_id="r", prompt_token_ids=(7,), sampling=SamplingParams(**sampling), grammar=grammar, tenant=tenant)
+    return Constraint(request, vocab_size=VOCAB_SIZE, eos_token=EOS)
+
+
 def constraint_of(*, grammar: str | None = None, **sampling: object) -> Constraint:
-    request = GenerationRequest(request_id="r", prompt_token_ids=(7,), sampling=SamplingParams(**sampling), grammar=grammar)
-    constraint = Constraint(request, vocab_size=VOCAB_SIZE, eos_token=EOS)
+    constraint = new_constraint(grammar=grammar, **sampling)
     constraint.start(compile_counting, ())
     return constraint
 
@@ -160,3 +165,51 @@ def test_a_sequence_is_trusted_again_some_masks_after_a_slow_one() -> None:
         states.append(constraint.is_slow)
 
     assert states == [False, *[True] * NUM_SLOW, False]
+
+
+class Held:
+    """Compiles nothing before it may, and remembers what."""
+
+    def __init__(self) -> None:
+        self.is_free = threading.Event()
+        self.compiled: list[str] = []
+
+    def __call__(self, grammar: str) -> Counting:
+        self.is_free.wait(10)
+        self.compiled.append(grammar)
+        return compile_counting(grammar)
+
+
+def wait_for(grammars: Grammars, count: int) -> None:
+    while count:
+        done = grammars.take(wait_s=10)
+        assert done
+        count -= len(done)
+
+
+def test_a_tenant_with_many_grammars_does_not_come_before_others() -> None:
+    held = Held()
+    grammars = Grammars(held)
+    for number in range(20):
+        grammars.start(new_constraint(grammar=f"{number + 1}", tenant="ann"), ())
+    grammars.start(new_constraint(grammar="99", tenant="bob"), ())
+
+    held.is_free.set()
+    wait_for(grammars, 21)
+
+    assert held.compiled.index("99") <= NUM_COMPILE_THREADS + 1
+
+
+def test_what_was_not_begun_for_a_sequence_is_left_undone_once_that_is_over() -> None:
+    held = Held()
+    grammars = Grammars(held)
+    constraints = [new_constraint(grammar=f"{number + 1}") for number in range(8)]
+    for constraint in constraints:
+        grammars.start(constraint, ())
+    for constraint in constraints:
+        constraint.is_over = True
+
+    held.is_free.set()
+    wait_for(grammars, 8)
+
+    assert len(held.compiled) <= NUM_COMPILE_THREADS
