@@ -17,9 +17,10 @@ from numpy_grok import numpy_logits
 from small_checkpoints import CONFIG, converted, opened, write_released
 
 from engine.checkpoint.load import load_params, param_shapes
-from engine.config import DType, MeshConfig, read_model_config
+from engine.config import DType, MeshConfig, SchedulerConfig, read_model_config
 from engine.errors import CheckpointError
-from engine.model.params import Params
+from engine.footprint import Setup, device_bytes
+from engine.model.params import Params, param_specs
 from engine.model.quantized import PackedInt4Array, dequantize
 from engine.ops.linear import linear
 from engine.sharding import MESH_AXES, make_mesh
@@ -109,6 +110,21 @@ def test_packed_int4_takes_at_most_54_hundredths_of_int8_on_the_device(models: P
         matrix = getattr(int4.layers[0], name)
         assert isinstance(matrix, PackedInt4Array)
         assert num_bytes(matrix) <= 0.54 * getattr(int8.layers[0], name).weight.nbytes
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(), MeshConfig(tensor=4)])
+def test_the_plan_counts_int4_as_it_is_loaded(models: Path, mesh: MeshConfig):
+    layer = load(models / "int4-128", mesh=mesh, keep_int8=True).layers[0]
+    scheduler = SchedulerConfig(max_model_len=64)
+    setup = Setup(model=MODEL, mesh=mesh, scheduler=scheduler, weights="int4", kv="float32", dtype="float32")
+    specs = param_specs(MODEL).layers[0]
+
+    def loaded_bytes(name: str) -> int:
+        return sum(array.addressable_shards[0].data.nbytes for array in jax.tree.leaves(getattr(layer, name)))
+
+    # Not the matrices that are cut by rows: a group of this narrow model lies on two devices, and both have its scale.
+    for name in ("query", "key", "value", "experts_gate", "experts_up"):
+        assert loaded_bytes(name) == device_bytes(getattr(specs, name), setup)
 
 
 @pytest.mark.parametrize(
