@@ -29,7 +29,7 @@ from engine.types import FinishReason, GenerationRequest
 
 PATIENCE_S = 0.01  # how long the choice of a step waits for masks, at most; the device computes meanwhile
 QUICK_S = 0.005  # a mask that took longer is a slow one
-NUM_SLOW = 8  # masks after a slow one that count as slow, too
+NUM_SLOW = 8  # masks after a slow one that count as slow, too; twice as many each time that this turned out too few
 NUM_COMPILE_THREADS = 2
 MAX_QUICK_THREADS = 4
 
@@ -66,6 +66,7 @@ class Constraint:
         self.finish: FinishReason | None = None  # nothing may follow
         self.is_over = False  # the sequence is; what was not begun for it is left undone
         self._num_slow = 0  # masks that count as slow from now on
+        self._num_slow_next = NUM_SLOW  # after the next slow one
         self._runs: dict[int, list[tuple[int, ...]]] = {}  # banned, by their last token but one
         for run in sampling.bad_words:
             if len(run) > 1:
@@ -114,7 +115,10 @@ class Constraint:
         for token in token_ids:
             self._take(token)
         self._decide()
-        self._num_slow = NUM_SLOW if time.thread_time() - start_s > QUICK_S else max(0, self._num_slow - 1)
+        was_slow, self._num_slow = self.is_slow, max(0, self._num_slow - 1)
+        if time.thread_time() - start_s > QUICK_S:
+            self._num_slow = self._num_slow_next
+            self._num_slow_next *= 1 if was_slow else 2
 
     def _take(self, token: int) -> None:
         self._num_output_tokens += 1

@@ -167,6 +167,20 @@ def test_a_sequence_is_trusted_again_some_masks_after_a_slow_one() -> None:
     assert states == [False, *[True] * NUM_SLOW, False]
 
 
+def test_a_sequence_whose_masks_are_slow_again_and_again_is_trusted_later_each_time() -> None:
+    constraint = constraint_of(grammar="999")
+
+    num_slow: list[int] = []
+    for _ in range(3):
+        constraint.advance(6)
+        num_slow.append(0)
+        while constraint.is_slow:
+            constraint.advance(5)
+            num_slow[-1] += 1
+
+    assert num_slow == [NUM_SLOW, 2 * NUM_SLOW, 4 * NUM_SLOW]
+
+
 class Held:
     """Compiles nothing before it may, and remembers what."""
 
