@@ -33,7 +33,7 @@ USER = int(re.findall(r"useradd --uid (\d+)", DOCKERFILE)[0])
 
 
 def seconds(text: str) -> float:
-    amount, unit = re.fullmatch(r"(\d+)(ms|s|m|h)", text).groups()  # pyright: ignore[reportOptionalMemberAccess]
+    amount, unit = re.fullmatch(r"(\d+)(ms|s|m|h)", text).groups()
     return int(amount) * {"ms": 0.001, "s": 1, "m": 60, "h": 3600}[unit]
 
 
@@ -107,9 +107,9 @@ def test_a_service_has_what_its_settings_point_to(name: str):
     settings = settings_of(service["environment"])
     mounts = {Path(volume["target"]): volume for volume in service["volumes"]}
 
-    assert mounts[settings.model]["read_only"] is True  # pyright: ignore[reportArgumentType]
-    assert read_model_config(DEPLOY / mounts[settings.model]["source"])  # pyright: ignore[reportArgumentType]
-    assert mounts[settings.compile_cache_dir]["source"] in COMPOSE["volumes"]  # pyright: ignore[reportArgumentType]
+    assert mounts[settings.model]["read_only"] is True
+    assert read_model_config(DEPLOY / mounts[settings.model]["source"])
+    assert mounts[settings.compile_cache_dir]["source"] in COMPOSE["volumes"]
     assert [port.rsplit(":", 1)[1] for port in service["ports"]] == [str(settings.port)]
     assert settings.host == "0.0.0.0"
 
@@ -180,7 +180,7 @@ def test_a_manifest_is_what_kubernetes_takes(name: str, version: str):
 
 
 def test_the_validator_sees_a_misspelt_field():
-    misspelt = MANIFESTS["disruption-budget"] | {"spec": {"maxUnavailabel": 1}}
+    misspelt = MANIFESTS["disruption-budget"] | {"spec": {"maxUnavailables": 1}}
 
     with pytest.raises(kubernetes_validate.ValidationError):
         kubernetes_validate.validate(misspelt, VERSIONS[-1], strict=True)
@@ -200,9 +200,9 @@ def test_a_replica_finds_all_that_its_settings_point_to(replica: Settings):
 
     assert VOLUMES[MOUNTS[config]["name"]]["configMap"]["name"] == settings_map["name"]
     assert config.name == MOUNTS[config]["subPath"] == settings_map["files"][0]
-    assert MOUNTS[replica.model]["readOnly"] is True  # pyright: ignore[reportArgumentType]
-    assert "emptyDir" in VOLUMES[MOUNTS[replica.compile_cache_dir]["name"]]  # pyright: ignore[reportArgumentType]
-    assert "secret" in VOLUMES[MOUNTS[replica.api_key_file.parent]["name"]]  # pyright: ignore[reportOptionalMemberAccess]
+    assert MOUNTS[replica.model]["readOnly"] is True
+    assert "emptyDir" in VOLUMES[MOUNTS[replica.compile_cache_dir]["name"]]
+    assert "secret" in VOLUMES[MOUNTS[replica.api_key_file.parent]["name"]]
     assert (replica.port, replica.metrics_port) == (PORTS["http"], PORTS["metrics"])
     assert (replica.host, replica.metrics_host) == ("0.0.0.0", "0.0.0.0")
     assert str(replica.tensor_parallel_size) == CONTAINER["resources"]["limits"]["nvidia.com/gpu"]
