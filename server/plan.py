@@ -212,11 +212,11 @@ def check_logprobs(count: int | None, *, param: str, terms: Terms) -> None:
 
 
 def check_refused(body: WireModel) -> None:
-    """Raises `InvalidRequest` for a field that would change what is meant, were it ignored; one that says nothing (false, empty, zero) is
-    as good as left out.
+    """Raises `InvalidRequest` for a field that would change what is meant, were it ignored; one that says nothing (false, zero, an empty
+    list or text) is as good as left out. An empty object turns something on, with all its defaults.
     """
-    for name in body.unknown_fields:
-        if name in body.refused_fields and (body.model_extra or {})[name]:
+    for name, value in (body.model_extra or {}).items():
+        if name in body.refused_fields and (value or value == {}):
             raise InvalidRequest(f"{name} is not supported: {body.refused_fields[name]}", param=name)
 
 

@@ -435,6 +435,10 @@ async def test_what_would_change_the_meaning_is_refused_by_name(http: httpx.Asyn
     assert error["message"].startswith(f"{name} is not supported: ")
 
 
+async def test_an_empty_object_says_something(http: httpx.AsyncClient):
+    assert (await refusal(http, web_search_options={}))["param"] == "web_search_options"
+
+
 async def test_what_says_nothing_is_as_good_as_left_out(http: httpx.AsyncClient):
     await chat(http, max_tokens=1, functions=[], echo=False, documents=None, modalities=["text"])
 
