@@ -2,7 +2,7 @@
 
 Every file is written under a temporary name, synced and renamed, and noted with its digest in a journal; the manifest comes last. So a
 conversion can be interrupted anywhere: the same arguments take it up again after the last whole file, and until it has ended no load
-accepts the directory. Memory holds one block of a tensor at a time: at most one matrix, where a column is quantised as a whole.
+accepts the directory. Memory holds a few blocks of a tensor at a time, or one matrix, where a column is quantised as a whole.
 """
 
 import fcntl
@@ -10,11 +10,13 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import ml_dtypes
 import numpy as np
@@ -40,11 +42,14 @@ from engine.config import ModelConfig, model_directories, read_model_config
 from engine.errors import CheckpointError
 from engine.model.params import ParamSpec
 
+_T = TypeVar("_T")
+
 TargetForm = Literal["int8", "bfloat16", "int4"]
 
 MAX_FILE_BYTES = 4 << 30  # a larger tensor has a file of its own
 
-_BLOCK_VALUES = 16 << 20  # read, turned and written at once
+_BLOCK_VALUES = 8 << 20  # read, turned and written at once
+_THREADS = min(4, os.cpu_count() or 1)  # that turn blocks
 _SAMPLE_BYTES = 4096
 _DIGEST_CHUNK_BYTES = 16 << 20
 
@@ -251,6 +256,8 @@ class _Conversion:
             _sync_directory(self._target)
         except OSError as error:
             part.unlink(missing_ok=True)
+            if isinstance(error, BrokenPipeError):  # of `report`, whose reader has gone
+                raise
             raise CheckpointError(
                 f"{path}: cannot be written: {error.strerror}; the finished files are kept: make room and run the same again"
             ) from None
@@ -299,13 +306,29 @@ def encode(tensor: HostTensor, entry: TensorEntry) -> Iterator[np.ndarray]:
         if scales is not None:
             yield np.asarray(scales[...])
         return
+    rows_at_once = _rows_at_once(tensor.spec, entry)
     kept: list[np.ndarray] = []
-    for index in blocks(tensor.spec.shape, _rows_at_once(tensor.spec, entry)):
-        real = read_slice(tensor.form, weight, scales, index, np.float32)
-        integers, part = _quantized(tensor.spec, entry, real)
+
+    def encode_block(index: Index) -> tuple[np.ndarray, np.ndarray | None]:
+        return _quantized(tensor.spec, entry, read_slice(tensor.form, weight, scales, index, np.float32))
+
+    is_small = rows_at_once * shape[-1] <= _BLOCK_VALUES
+    for values, part in _ahead(encode_block, blocks(tensor.spec.shape, rows_at_once), num_threads=_THREADS if is_small else 1):
         kept += [] if part is None else [part]
-        yield integers
+        yield values
     yield from kept
+
+
+def _ahead(function: Callable[[Index], _T], items: Iterable[Index], *, num_threads: int) -> Iterator[_T]:
+    """Results in order, a few of them computed ahead."""
+    with ThreadPoolExecutor(num_threads) as threads:
+        pending: deque[Future[_T]] = deque()
+        for item in items:
+            if len(pending) == num_threads:
+                yield pending.popleft().result()
+            pending.append(threads.submit(function, item))
+        while pending:
+            yield pending.popleft().result()
 
 
 def blocks(shape: tuple[int, ...], rows_at_once: int) -> Iterator[Index]:

@@ -50,3 +50,14 @@ def test_what_cannot_be_converted_is_one_line_and_status_2(tmp_path: Path):
         assert (result.returncode, result.stdout) == (2, "")
         assert complaint in result.stderr
         assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_server_refuses_an_unfinished_conversion(tmp_path: Path):
+    grok_server("convert", write_released(tmp_path / "released"), tmp_path / "int8", "--weights", "int8")
+    (tmp_path / "int8" / "manifest.json").unlink()
+
+    result = grok_server("serve", tmp_path / "int8", "--skip-tokenizer-init", "--port", "0")
+
+    assert result.returncode == 2
+    assert "holds no manifest.json: a conversion was interrupted; run it again with the same arguments" in result.stderr
+    assert "Traceback" not in result.stderr
