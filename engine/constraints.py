@@ -67,10 +67,7 @@ class Constraint:
         self.is_over = False  # the sequence is; what was not begun for it is left undone
         self._num_slow = 0  # masks that count as slow from now on
         self._num_slow_next = NUM_SLOW  # after the next slow one
-        self._runs: dict[int, list[tuple[int, ...]]] = {}  # banned, by their last token but one
-        for run in sampling.bad_words:
-            if len(run) > 1:
-                self._runs.setdefault(run[-2], []).append(run)
+        self._banned = _banned_by_beginning(sampling.bad_words)
         longest = max((len(run) for run in sampling.bad_words), default=1)
         self._recent = deque[int](maxlen=longest - 1)  # output
         self._num_output_tokens = 0
@@ -86,7 +83,7 @@ class Constraint:
     @property
     def needs_host(self) -> bool:
         """Whether the tokens before decide about the next one."""
-        return self.grammar is not None or bool(self._runs)
+        return self.grammar is not None or bool(self._banned)
 
     @property
     def is_slow(self) -> bool:
@@ -130,10 +127,9 @@ class Constraint:
         """Set `words`, or `finish` where no token is left to go on with."""
         permitted = self._allowed.copy()
         recent = tuple(self._recent)
-        for run in self._runs.get(recent[-1], ()) if recent else ():
-            if recent[1 - len(run) :] == run[:-1]:
-                word, bit = divmod(run[-1], 32)
-                permitted.view(np.uint32)[word] &= np.uint32(0xFFFF_FFFF ^ 1 << bit)
+        for beginning, banned in self._banned.get(recent[-1], ()) if recent else ():
+            if recent[-len(beginning) :] == beginning:
+                np.bitwise_and.at(permitted.view(np.uint32), banned // 32, ~(np.uint32(1) << banned % 32))
         words, is_whole = permitted, False
         if self._matcher is not None:
             following = np.zeros_like(permitted)
@@ -244,6 +240,18 @@ class _Threads:
                 self._done.put((constraint, error))
             else:
                 self._done.put((constraint, None))
+
+
+def _banned_by_beginning(runs: Iterable[tuple[int, ...]]) -> dict[int, list[tuple[tuple[int, ...], NDArray[np.uint32]]]]:
+    """What the longer ones of these begin with, and the tokens that must not follow that; by the last token of the beginning."""
+    ends: dict[tuple[int, ...], list[int]] = {}
+    for *beginning, end in runs:
+        if beginning:
+            ends.setdefault(tuple(beginning), []).append(end)
+    banned: dict[int, list[tuple[tuple[int, ...], NDArray[np.uint32]]]] = {}
+    for beginning, tokens in ends.items():
+        banned.setdefault(beginning[-1], []).append((beginning, np.array(tokens, np.uint32)))
+    return banned
 
 
 def words_of(token_ids: Sequence[int] | slice, *, vocab_size: int) -> Words:
