@@ -82,6 +82,7 @@ def show_comparison(source: Path, target: Path) -> None:
     """Print how far each tensor is from its source. Raises `CheckpointError` where it is further than the form explains."""
     terminal = _terminal()
     table = Table("tensor", "from", "to", "largest error", "RMS error", box=None, header_style="bold")
+    table.columns[0].overflow = "fold"
     for column in table.columns[3:]:
         column.justify = "right"
     bars = Bars(TextColumn("compare"), BarColumn(), TimeRemainingColumn(), console=terminal, disable=not terminal.is_terminal)

@@ -152,6 +152,17 @@ def test_each_device_holds_its_rows_and_no_scales_but_theirs(models: Path, tenso
     assert layer.experts_down.shape == (4, 256, 128)
 
 
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_a_hugging_face_layout_is_split_over_devices_as_the_release_is(models: Path, tmp_path: Path, kind: str):
+    arrays = layout_of(opened(models / "released"), "hpcai")
+    model_dir = write_repository(tmp_path / "model", arrays, config_of(MODEL, "hpcai"), kind=kind, num_files=2)
+
+    split = load(model_dir, mesh=MeshConfig(tensor=4, expert=2))
+
+    assert split.layers[0].experts_down.addressable_shards[0].data.shape == (2, 64, 128)
+    jax.tree.map(np.testing.assert_array_equal, split, load(model_dir))
+
+
 @pytest.mark.parametrize("form", ["released", "int4-64"])
 def test_a_product_over_devices_needs_one_all_reduce_by_rows_and_nothing_by_columns(models: Path, form: str):
     mesh = MeshConfig(tensor=8)
