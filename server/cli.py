@@ -33,9 +33,7 @@ _Url = Annotated[
     str | None,
     typer.Option("--url", envvar=f"{ENV_PREFIX}URL", metavar="URL", help="the server (default: http://127.0.0.1:8000, else an own one)"),
 ]
-_ApiKey = Annotated[
-    str | None, typer.Option("--api-key", envvar=[f"{ENV_PREFIX}API_KEY", "OPENAI_API_KEY"], metavar="TEXT", help="the server's API key")
-]
+_ApiKey = Annotated[str | None, typer.Option("--api-key", envvar=f"{ENV_PREFIX}API_KEY", metavar="TEXT", help="the server's API key")]
 _Model = Annotated[str | None, typer.Option("--model", metavar="TEXT", help="the model's name there; for an own server its directory")]
 _Temperature = Annotated[float | None, typer.Option("--temperature", metavar="X", help="0 is greedy (default: the server's, 1)")]
 _TopP = Annotated[float | None, typer.Option("--top-p", metavar="X", help="share of the likeliest tokens to choose from (default: 1)")]

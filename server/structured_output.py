@@ -19,6 +19,7 @@ from pydantic import ConfigDict, TypeAdapter
 from server.closed_schema import closed_schema
 from server.errors import InvalidRequest, shown
 from server.limits import Limits
+from server.schema_formats import without_loose_formats
 from server.schemas.structured import GUIDED_FIELDS, ResponseFormat, StructuredFields, StructuredOutputs, TextFormat
 
 if TYPE_CHECKING:
@@ -78,8 +79,9 @@ def json_grammar(
 ) -> str:
     """llguidance's form of a JSON schema, given as an object or as its text.
 
-    What is given as text is taken to the letter, an object is closed first. Without `has_whitespace` there is none at all; a
-    `whitespace_pattern` says what may stand wherever JSON allows whitespace. Raises `InvalidRequest` for what is no object, or too large.
+    What is given as text is taken to the letter; an object is closed, and loses formats that cannot be enforced. Without `has_whitespace`
+    there is none at all; a `whitespace_pattern` says what may stand wherever JSON allows whitespace. Raises `InvalidRequest` for what is
+    no object, or too large.
     """
     is_compact = has_whitespace and whitespace_pattern is None
     options: JsonCompileOptions = {
@@ -92,8 +94,11 @@ def json_grammar(
     if whitespace_pattern is not None:
         options["whitespace_pattern"] = whitespace_pattern
     try:
-        text = schema if isinstance(schema, str) else _schemas.dump_json(closed_schema(schema)).decode()
+        text = schema if isinstance(schema, str) else _schemas.dump_json(schema).decode()
         check_num_chars(len(text), param=param, limits=limits)
+        if not isinstance(schema, str):
+            text = _schemas.dump_json(closed_schema(without_loose_formats(schema))).decode()
+            check_num_chars(len(text), param=param, limits=limits)
         return LLMatcher.grammar_from_json_schema(text, overrides=options)
     except (ValueError, RecursionError) as error:
         raise InvalidRequest(f"{param}: this is no JSON schema: {error}", param=param) from None

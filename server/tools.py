@@ -14,6 +14,7 @@ from typing import Any
 
 from server.closed_schema import closed_schema
 from server.conversation import Conversation, Tool, ToolChoice
+from server.schema_formats import without_loose_formats
 
 BEGIN, END = "<tool_call>", "</tool_call>"
 _BEFORE_NAME, _BEFORE_ARGUMENTS, _AFTER_ARGUMENTS = '{"name": "', '", "arguments": ', "}" + END
@@ -247,7 +248,11 @@ def _single(grammar: str) -> dict[str, Any]:
 
 
 def _arguments_schema(tool: Tool) -> dict[str, Any]:
-    return {"type": "object", **closed_schema(tool.parameters), "x-guidance": _COMPACT | {"lenient": not tool.strict}}
+    return {
+        "type": "object",
+        **closed_schema(without_loose_formats(tool.parameters)),
+        "x-guidance": _COMPACT | {"lenient": not tool.strict},
+    }
 
 
 def _quoted(text: str) -> str:
