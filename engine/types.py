@@ -16,7 +16,7 @@ class FinishReason(StrEnum):
     STOP = "stop"  # an end token, or (decided outside the engine) a stop string
     LENGTH = "length"  # max_tokens, or the end of the context
     ERROR = "error"  # this generation failed alone, e.g. non-finite logits
-    GRAMMAR = "grammar"  # its grammar went past its limits, or does not compile
+    GRAMMAR = "grammar"  # its grammar went past its limits, does not compile, or leaves no token to choose
     DEADLINE = "deadline"  # its time is up
 
 
