@@ -12,6 +12,7 @@ import argparse
 import json
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from llguidance import LLMatcher
@@ -21,7 +22,7 @@ from engine.__main__ import EngineLoop
 from engine.build import build_engine
 from engine.constraints import Grammars
 from engine.core import EngineCore
-from engine.grammar import GrammarCompiler, GrammarTokenizer
+from engine.grammar import GrammarMatcher, GrammarTokenizer
 from engine.messages import Deltas, FromEngine, Submit, encode
 from engine.tokenizer import Tokenizer
 from engine.types import FinishReason, GenerationRequest, SamplingParams
@@ -78,7 +79,7 @@ def engine_of(model_dir: Path) -> tuple[EngineCore, Tokenizer]:
     tokenizer = Tokenizer.load(model_dir / "tokenizer.model")
     native = GrammarTokenizer(tokenizer, vocab_size=options.model.vocab_size, eos_token=options.model.eos_token)
     config = options.resolve(backend="cpu", free_bytes=512 << 20)
-    return build_engine(config, report=lambda _: None, grammars=Grammars(GrammarCompiler(native))), tokenizer
+    return build_engine(config, report=lambda _: None, grammars=Grammars(partial(GrammarMatcher, native))), tokenizer
 
 
 def rate(core: EngineCore, prompt: tuple[int, ...], *, grammar: str | None, num_tokens: int) -> float:

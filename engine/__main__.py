@@ -30,13 +30,14 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from engine.config import EngineConfig, EngineOptions
 from engine.constraints import Grammars
 from engine.errors import EngineError, RequestError, TransportError
-from engine.grammar import GrammarCompiler, GrammarTokenizer
+from engine.grammar import GrammarMatcher, GrammarTokenizer
 from engine.host_memory import host_memory_bytes
 from engine.messages import (
     Abort,
@@ -228,7 +229,7 @@ def _load_grammars(options: EngineOptions) -> Grammars | None:
         return None
     model = options.model
     tokenizer = GrammarTokenizer.load(Path(options.tokenizer_path), vocab_size=model.vocab_size, eos_token=model.eos_token)
-    return Grammars(GrammarCompiler(tokenizer))
+    return Grammars(partial(GrammarMatcher, tokenizer))
 
 
 def _resolve(options: EngineOptions) -> EngineConfig:

@@ -10,9 +10,7 @@ What a hostile grammar can cost is bounded by `LIMITS`: a matcher that goes past
 Up to there a single mask may take a tenth of a second, so nobody should wait for one who has other work.
 """
 
-import copy
 from pathlib import Path
-from weakref import WeakValueDictionary
 
 import llguidance
 import numpy as np
@@ -84,15 +82,8 @@ class GrammarMatcher:
         """Compiles the grammar; raises `GrammarError` where it is none, or goes past a limit already."""
         self._tokenizer = tokenizer
         self._matcher = LLMatcher(tokenizer.native, grammar, limits=LIMITS, log_level=_SILENT)
-        self._origin: GrammarMatcher | None = None  # kept alive by its copies
         if self.error is not None:
             raise GrammarError(self.error)
-
-    def copy(self) -> "GrammarMatcher":
-        """Another one at the same place. They share what was compiled, and nothing else."""
-        twin = copy.copy(self)
-        twin._matcher, twin._origin = self._matcher.deep_copy(), self
-        return twin
 
     @property
     def error(self) -> str | None:
@@ -128,24 +119,6 @@ class GrammarMatcher:
     def advance(self, token: int) -> None:
         """Take the next generated token; one that is not allowed puts the matcher in error."""
         self._matcher.consume_token(token)
-
-
-class GrammarCompiler:
-    """Makes matchers; called by several threads. A grammar is compiled once for all that follow it at the same time.
-
-    The choices of one request do, and what is compiled can take half a second and 20 MB.
-    """
-
-    def __init__(self, tokenizer: GrammarTokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._origins: WeakValueDictionary[str, GrammarMatcher] = WeakValueDictionary()  # by grammar; only ever copied
-
-    def __call__(self, grammar: str) -> GrammarMatcher:
-        """A matcher at its start. Raises `GrammarError` as that does."""
-        origin = self._origins.get(grammar)
-        if origin is None:  # two threads that come here at once both compile it
-            origin = self._origins[grammar] = GrammarMatcher(self._tokenizer, grammar)
-        return origin.copy()
 
 
 def num_mask_words(vocab_size: int) -> int:

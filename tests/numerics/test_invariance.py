@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import jax
@@ -21,7 +22,7 @@ from tiny_tokenizer import tiny_tokenizer
 from engine.config import CacheConfig, EngineConfig
 from engine.constraints import Grammars
 from engine.core import EngineCore
-from engine.grammar import GrammarCompiler, GrammarTokenizer
+from engine.grammar import GrammarMatcher, GrammarTokenizer
 from engine.model.params import random_params
 from engine.programs import DeviceState, Programs, shapes_of
 from engine.runner import ModelRunner
@@ -164,7 +165,7 @@ def core_of(runner: ModelRunner, *, num_blocks: int = 96, **limits: int) -> Engi
     config: EngineConfig = replace(
         CONFIG, cache=CacheConfig(block_size=4, num_blocks=num_blocks), scheduler=replace(CONFIG.scheduler, **limits)
     )
-    return EngineCore(config, runner, INFO, grammars=Grammars(GrammarCompiler(TOKENIZER)))
+    return EngineCore(config, runner, INFO, grammars=Grammars(partial(GrammarMatcher, TOKENIZER)))
 
 
 @pytest.fixture(scope="module")

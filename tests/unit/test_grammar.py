@@ -18,7 +18,7 @@ from numpy.random import Generator
 from tiny_tokenizer import FIRST_BYTE_ID, tiny_tokenizer
 
 from engine.errors import GrammarError
-from engine.grammar import GrammarCompiler, GrammarMatcher, GrammarTokenizer, num_mask_words
+from engine.grammar import GrammarMatcher, GrammarTokenizer, num_mask_words
 from engine.tokenizer import Tokenizer
 
 DEFAULT_MODEL = Path(__file__).parents[2] / "models" / "grok-1-tiny"
@@ -260,37 +260,3 @@ def test_other_threads_go_on_while_a_grammar_is_compiled(tiny: GrammarTokenizer)
         num_turns += 1
 
     assert num_turns > 1000
-
-
-def test_matchers_of_one_grammar_go_their_own_ways(tokenizer: Tokenizer, rng: Generator) -> None:
-    native, grammar = grammar_tokenizer(tokenizer), of_schema(NODE | {"$defs": {"node": NODE}})
-    compile_grammar = GrammarCompiler(native)
-    first = compile_grammar(grammar)
-    texts = [walk(first, native, rng, max_tokens=12), walk(compile_grammar(grammar), native, rng, max_tokens=12)]
-
-    for text in texts:
-        again, alone = compile_grammar(grammar), GrammarMatcher(native, grammar)
-        for token in text:
-            assert allowed(again, native) == allowed(alone, native)
-            take(again, [token])
-            take(alone, [token])
-
-
-def test_a_grammar_is_compiled_once_for_all_that_follow_it_at_the_same_time_and_forgotten_after_them(tiny: GrammarTokenizer) -> None:
-    grammar = LLMatcher.grammar_from_lark(
-        "start: " + " ".join(f"r{n}" for n in range(3000)) + "".join(f'\nr{n}: "{n}"?' for n in range(3000))
-    )
-    compile_grammar = GrammarCompiler(tiny)
-
-    def timed(count: int) -> tuple[float, list[GrammarMatcher]]:
-        start_s = time.thread_time()
-        matchers = [compile_grammar(grammar) for _ in range(count)]
-        return time.thread_time() - start_s, matchers
-
-    first_s, first = timed(1)
-    others_s, others = timed(10)
-    del first, others
-    again_s, _ = timed(1)
-
-    assert others_s < first_s / 2
-    assert again_s > others_s
