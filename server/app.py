@@ -21,7 +21,7 @@ from server.chat_template import ChatTemplate
 from server.errors import install_error_handlers
 from server.grammar_check import GrammarCheck
 from server.limits import Limits
-from server.middleware import BodyLimit, HeaderLimit, RequestContext, TidyPath
+from server.middleware import BodyLimit, HeaderLimit, LastAnswers, RequestContext, TidyPath
 from server.observability import Metrics
 from server.response_store import ResponseStore
 from server.routes import chat, completions, health, messages, metrics, models, responses, tokens
@@ -67,6 +67,7 @@ def create_app(
     app = FastAPI(title="grok-server", version=version, redirect_slashes=False, docs_url=None, redoc_url=None, lifespan=lifespan)
     if chat_template is None and tokenizer is not None:
         chat_template = ChatTemplate.default(tokenizer, max_chars=limits.max_rendered_chars)
+    admission = Admission(client, limits=limits)
     app.state.services = Services(
         client=client,
         tokenizer=tokenizer,
@@ -74,7 +75,7 @@ def create_app(
         model=model,
         model_name=model_name,
         limits=limits,
-        admission=Admission(client, limits=limits),
+        admission=admission,
         responses=ResponseStore(max_responses=limits.max_stored_responses, max_bytes=limits.max_stored_bytes),
         metrics=Metrics(client, model_name=model_name),
         grammar_check=grammar_check,
@@ -90,6 +91,7 @@ def create_app(
         app.add_middleware(
             CORSMiddleware, allow_origins=allowed_origins, allow_methods=["*"], allow_headers=["*"], expose_headers=EXPOSED_HEADERS
         )
+    app.add_middleware(LastAnswers, is_leaving=lambda: admission.is_retiring)
     app.add_middleware(RequestContext)  # outermost
 
     for routes in (completions, chat, responses, messages, tokens, models, health, *([metrics] if has_metrics else [])):

@@ -1,6 +1,7 @@
 """What happens to every request before and after its route: pure ASGI classes, outermost first as `server/app.py` lists them.
 
-`RequestContext` gives the request an id, says it on the answer, and writes the access log. `HeaderLimit` refuses oversized headers.
+`RequestContext` gives the request an id, says it on the answer, and writes the access log. `LastAnswers` closes connections when the server
+leaves. `HeaderLimit` refuses oversized headers.
 `TidyPath` lets `/v1/models/` and `//v1/models` mean `/v1/models`. `BodyLimit` guards the body while a route reads it: a route that reads
 nothing (an unknown one, a wrong method) is never asked for a content type.
 """
@@ -9,6 +10,7 @@ import asyncio
 import re
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import structlog
@@ -58,6 +60,23 @@ class RequestContext:
                     status=status,
                     duration_s=round(time.monotonic() - started, 4),
                 )
+
+
+class LastAnswers:
+    """Close each connection after its next answer once the server is leaving: its client then finds another server, or the next one."""
+
+    def __init__(self, app: ASGIApp, *, is_leaving: Callable[[], bool]) -> None:
+        self.app = app
+        self.is_leaving = is_leaving
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_last(message: Message) -> None:
+            if message["type"] == "http.response.start" and self.is_leaving():
+                headers = [(name, value) for name, value in message.get("headers", ()) if name.lower() != b"connection"]
+                message["headers"] = [*headers, (b"connection", b"close")]
+            await send(message)
+
+        await self.app(scope, receive, send_last if scope["type"] == "http" else send)
 
 
 class HeaderLimit:

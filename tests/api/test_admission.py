@@ -144,6 +144,19 @@ async def test_a_retiring_server_is_unready_and_still_takes_requests(http: httpx
     assert taken.status_code == 200
 
 
+def test_a_retiring_server_answers_each_connection_once_more_and_closes_it(live_url: str, app: FastAPI):
+    with httpx.Client(base_url=live_url) as client:
+        kept = client.post("/v1/completions", json={"prompt": [5], "max_tokens": 1})
+        app.state.services.admission.retire()
+        last = client.post("/v1/completions", json={"prompt": [5], "max_tokens": 1})
+        stream = client.post("/v1/completions", json={"prompt": [5], "max_tokens": 1, "stream": True})
+
+    assert "connection" not in kept.headers
+    assert (last.status_code, last.headers["connection"]) == (200, "close")
+    assert (stream.status_code, stream.headers["connection"]) == (200, "close")
+    assert stream.text.endswith("data: [DONE]\n\n")
+
+
 async def test_a_draining_server_is_unready_and_finishes_what_runs(http: httpx.AsyncClient, engine: FakeEngineClient, app: FastAPI):
     engine.pause_s = 0.02
     async with asyncio.TaskGroup() as tasks:
