@@ -219,6 +219,9 @@ class World:
         self.engine_gone_s = self.loop.now_s
         engine.channel.close()
         assert was_searching or has_suspects or not self.client.is_searching, "a quarantine without anyone who saw two deaths in a row"
+        for request_id, num_deaths in self.client._journal._quarantine._num_deaths.items():
+            seen = self._open.get(request_id)
+            assert seen is None or num_deaths <= seen.num_deaths, "a request is blamed for more deaths in a row than it saw"
         self._num_quarantines += self.client.is_searching and not was_searching
         culprit = self._open.get(engine.killed_by or "")
         if culprit is not None and not culprit.plan.reading_s:
