@@ -35,6 +35,7 @@ class Limits:
     max_stop_token_ids: int = 128
     max_logit_bias: int = 1024
     max_bad_words: int = 128  # each up to max_stop_chars
+    max_allowed_token_ids: int = 4096  # every choice takes them to the engine
     max_cache_salt_chars: int = 256
     max_timeout_s: float = 3600.0
     max_fields: int = 256  # at the top of a body, unknown ones included

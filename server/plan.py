@@ -241,6 +241,11 @@ def _check_options(body: SamplingFields, *, limits: Limits) -> None:
             raise InvalidRequest(f"a string in {name} has more than {most_chars} characters", param=name)
     if body.cache_salt is not None and len(body.cache_salt) > limits.max_cache_salt_chars:
         raise InvalidRequest(f"cache_salt has more than {limits.max_cache_salt_chars} characters", param="cache_salt")
+    if len(body.allowed_token_ids or ()) > limits.max_allowed_token_ids:
+        raise InvalidRequest(
+            f"{len(body.allowed_token_ids or ()):,} allowed token ids, the limit is {limits.max_allowed_token_ids:,}",
+            param="allowed_token_ids",
+        )
     if len(body.stop_token_ids) > limits.max_stop_token_ids:
         raise InvalidRequest(
             f"{len(body.stop_token_ids):,} stop token ids, the limit is {limits.max_stop_token_ids}", param="stop_token_ids"

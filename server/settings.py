@@ -174,6 +174,7 @@ class Settings(BaseSettings):
     max_stop_chars: _Count = Field(_LIMITS.max_stop_chars, description="characters of one stop string")
     max_stop_token_ids: _Bound = Field(_LIMITS.max_stop_token_ids, description="stop token ids of one request")
     max_logit_bias: _Bound = Field(_LIMITS.max_logit_bias, description="entries of one logit_bias")
+    max_allowed_token_ids: _Count = Field(_LIMITS.max_allowed_token_ids, description="ids in one allowed_token_ids")
     max_bad_words: _Bound = Field(_LIMITS.max_bad_words, description="bad words of one request")
     max_cache_salt_chars: _Count = Field(_LIMITS.max_cache_salt_chars, description="characters of one cache_salt")
     max_timeout_s: _Seconds = Field(_LIMITS.max_timeout_s, description="longest timeout that a request may ask for, in seconds")

@@ -47,6 +47,7 @@ OF_ONE_REQUEST: dict[str, tuple[int, str | None, Callable[[int], dict[str, Any]]
     "max_stop_chars": (3, "stop", lambda size: {"stop": "x" * size}),
     "max_stop_token_ids": (3, "stop_token_ids", lambda size: {"stop_token_ids": [1] * size}),
     "max_logit_bias": (3, "logit_bias", lambda size: {"logit_bias": {str(token): 1 for token in range(size)}}),
+    "max_allowed_token_ids": (3, "allowed_token_ids", lambda size: {"allowed_token_ids": [5] * size}),
     "max_bad_words": (3, "bad_words", lambda size: {"bad_words": ["x"] * size}),
     "max_cache_salt_chars": (3, "cache_salt", lambda size: {"cache_salt": "x" * size}),
     "max_timeout_s": (3, "timeout", lambda size: {"timeout": size}),

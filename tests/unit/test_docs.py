@@ -62,6 +62,7 @@ def test_the_table_of_fields_gives_the_limits_as_they_are():
     takes = {name: row[2].replace(",", "") for name, row in field_rows().items()}
 
     assert takes["logprobs"] == takes["prompt_logprobs"] == f"0 to {limits.max_logprobs}"
+    assert takes["allowed_token_ids"] == f"list of 1 to {limits.max_allowed_token_ids} ids"
     assert takes["bad_words"] == f"up to {limits.max_bad_words} strings of up to {limits.max_stop_chars} characters"
     assert f"up to {limits.max_stop_strings} of up to {limits.max_stop_chars} characters" in takes["stop"]
     assert f"up to {limits.max_stop_token_ids} ids" in takes["stop_token_ids"]
