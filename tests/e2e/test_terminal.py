@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -395,26 +395,33 @@ def test_ctrl_c_in_a_chat_ends_the_generation_in_the_server():
         assert terminal.wait() == 0
 
 
-def type_and_drop(terminal: PseudoTerminal, text: str) -> None:
-    """Ctrl-C at the prompt, once the keys before it show that the prompt reads keys: between writing it and that, Python may miss one."""
+def type_and_drop(terminal: PseudoTerminal, text: str, *, shows: str) -> None:
+    """Ctrl-C behind some keys at the prompt, until it shows; Python misses one that comes just before it waits for a key."""
     terminal.type(text)
     terminal.wait_for(text)
-    terminal.type(CTRL_C)
+    for _ in range(10):
+        terminal.type(CTRL_C)
+        with suppress(AssertionError):
+            terminal.wait_for(shows, within_s=5)
+            return
+    raise AssertionError(f"no {shows!r} in {terminal.shown!r}")
 
 
 def test_ctrl_c_twice_at_the_prompt_leaves_and_once_does_not():
     with scripted(chunks=[chat_event("Fine."), DONE]) as (_, url), chatting(url) as terminal:
-        type_and_drop(terminal, "half a li")
-        terminal.wait_for("again leaves")
+        type_and_drop(terminal, "half a li", shows="again leaves")
         terminal.wait_for("> ")
         terminal.type("Hello\n")
         terminal.wait_for("Fine.")
         terminal.wait_for("> ")
 
-        type_and_drop(terminal, "x")
-        terminal.wait_for("again leaves")
+        type_and_drop(terminal, "x", shows="again leaves")
         terminal.wait_for("> ")
-        type_and_drop(terminal, "y")
+        terminal.type(CTRL_C)
+        with suppress(subprocess.TimeoutExpired):
+            assert terminal.wait(within_s=5) == 0
+            return
+        terminal.type(CTRL_C)
 
         assert terminal.wait() == 0
 
@@ -523,8 +530,10 @@ def test_a_killed_client_leaves_no_server_and_no_engine_behind():
 
 @pytest.mark.timeout(300)
 @pytest.mark.usefixtures("no_server")
-def test_ctrl_c_while_the_own_server_starts_ends_both():
-    with at_terminal(*COMMAND, "complete", "x") as terminal:
+def test_ctrl_c_while_the_own_server_starts_ends_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("GROK_SERVER_COMPILE_CACHE_DIR", str(tmp_path))  # so that it is not ready before the key comes
+    monkeypatch.setenv("GROK_SERVER_MAX_NUM_BATCHED_TOKENS", "256")
+    with at_terminal(*COMMAND, "complete", "x", "--max-tokens", "8") as terminal:
         eventually(lambda: len(descendants(terminal.process.pid)) >= 2, within_s=60)
         pids = descendants(terminal.process.pid)
 
