@@ -101,14 +101,18 @@ async def grammar_check(tokenizer_path: Path, **limits: Any) -> AsyncIterator[Gr
 
 
 async def reason(check: GrammarCheck, grammar: str, *, tenant: str = "") -> str:
-    """Why a grammar is refused; a machine that is too busy to find out is asked again, as a client would."""
+    """Why a grammar is refused."""
     with pytest.raises(InvalidRequest) as refused:
-        while True:
-            with suppress(Unavailable):
-                await check.check(grammar, param="structured_outputs", tenant=tenant)
-                break
+        await verdict(check, grammar, tenant=tenant)
     assert refused.value.param == "structured_outputs"
     return refused.value.message
+
+
+async def verdict(check: GrammarCheck, grammar: str, *, tenant: str) -> str:
+    """A machine that is too busy to find out is asked again, as a client would."""
+    while True:
+        with suppress(Unavailable):
+            return await check.check(grammar, param="structured_outputs", tenant=tenant)
 
 
 @asynccontextmanager
