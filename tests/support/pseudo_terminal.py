@@ -11,8 +11,9 @@ from contextlib import contextmanager, suppress
 
 CTRL_C, CTRL_D = "\x03", "\x04"
 
-# In a session of its own, whose controlling terminal is stdin; then the program itself.
-_LOGIN = "import os, sys; os.login_tty(0); os.execvp(sys.argv[1], sys.argv[1:])"
+# In a session of its own, whose controlling terminal is stdin, where Ctrl-C counts, as it may not for tests in the background; then the
+# program itself.
+_LOGIN = "import os, signal, sys; os.login_tty(0); signal.signal(signal.SIGINT, signal.SIG_DFL); os.execvp(sys.argv[1], sys.argv[1:])"
 
 
 class PseudoTerminal:
