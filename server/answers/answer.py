@@ -6,6 +6,7 @@ answers are built from the same functions, so that their shapes cannot drift apa
 
 import asyncio
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
@@ -26,7 +27,7 @@ INLINE_LOGPROBS = 500  # tokens with log-probabilities that are handled on the e
 FINISH_REASONS = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
 
 
-class Answer:
+class Answer(ABC):
     """One answer in the making: its identity, its sequences' texts, and how pieces become wire objects."""
 
     id_prefix: ClassVar[str]
@@ -64,23 +65,17 @@ class Answer:
         """Its generations, to be entered."""
         return Generations(self._services.client, self.requests, texts=self._texts, metrics=self._services.metrics)
 
+    @abstractmethod
     async def body(self) -> bytes:
-        """Run everything to its end and give the whole answer as JSON, made in a thread where it is large."""
-        updates = await self._collect()
-        num_logprobs = sum(len(update.chunk.logprobs) + len(update.delta.prompt_logprobs) for of_one in updates for update in of_one)
-        return await as_json(lambda: self.whole(updates), num_logprobs=num_logprobs)
-
-    def whole(self, updates: list[list[Update]]) -> msgspec.Struct:
-        """The answer to everything that arrived, by sequence."""
-        raise NotImplementedError
+        """Run everything to its end and give the whole answer as JSON."""
 
     def opening(self) -> list[bytes]:
         """Events before the first piece."""
         return []
 
+    @abstractmethod
     def events(self, updates: Iterable[Update]) -> list[bytes]:
         """Events that say what is new."""
-        raise NotImplementedError
 
     def closing(self) -> list[bytes]:
         """Events after the last piece."""
@@ -123,6 +118,20 @@ class Answer:
                     self._num_cached[update.sequence] = update.chunk.num_cached_tokens
                     num_open -= update.chunk.finish_reason is not None
         return updates
+
+
+class AnswerOfChoices(Answer):
+    """Its whole is one object with `choices`."""
+
+    async def body(self) -> bytes:
+        """Run everything to its end and give the whole answer as JSON, made in a thread where it is large."""
+        updates = await self._collect()
+        num_logprobs = sum(len(update.chunk.logprobs) + len(update.delta.prompt_logprobs) for of_one in updates for update in of_one)
+        return await as_json(lambda: self.whole(updates), num_logprobs=num_logprobs)
+
+    @abstractmethod
+    def whole(self, updates: list[list[Update]]) -> msgspec.Struct:
+        """The answer to everything that arrived, by sequence."""
 
 
 async def as_json(make: Callable[[], msgspec.Struct], *, num_logprobs: int) -> bytes:

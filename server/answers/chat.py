@@ -6,7 +6,7 @@ import msgspec
 
 from engine.output import GenerationChunk
 from engine.types import FinishReason, GenerationRequest
-from server.answers.answer import FINISH_REASONS, Answer, finite
+from server.answers.answer import FINISH_REASONS, AnswerOfChoices, finite
 from server.chat_plan import ConversationPlan
 from server.generation import Update
 from server.schemas.chat import (
@@ -29,7 +29,7 @@ from server.streaming import event
 from server.tools import ArgumentsPart, CallPart, Part, TextPart, ToolCallReader
 
 
-class ChatAnswer(Answer):
+class ChatAnswer(AnswerOfChoices):
     """One `chat.completion`, or its chunks."""
 
     id_prefix = "chatcmpl-"

@@ -7,7 +7,7 @@ import msgspec
 
 from engine.output import GenerationChunk, TextLogprob
 from engine.types import GenerationRequest, TokenLogprob
-from server.answers.answer import FINISH_REASONS, Answer, finite, says_something
+from server.answers.answer import FINISH_REASONS, AnswerOfChoices, finite, says_something
 from server.generation import Update
 from server.plan import GenerationPlan
 from server.schemas.common import Usage
@@ -16,7 +16,7 @@ from server.services import Services
 from server.streaming import event
 
 
-class CompletionAnswer(Answer):
+class CompletionAnswer(AnswerOfChoices):
     """One object, streamed or not."""
 
     id_prefix = "cmpl-"
