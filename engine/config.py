@@ -17,6 +17,11 @@ from engine.errors import ConfigError
 from engine.huggingface_config import is_huggingface, model_fields
 
 DType = Literal["float32", "bfloat16"]
+KVDType = Literal["float32", "bfloat16", "int8", "fp8"]  # of the KV cache; fp8 is float8_e4m3fn
+CPUWeights = Literal["float", "packed"]
+
+_KV_BYTES: dict[KVDType, int] = {"float32": 4, "bfloat16": 2, "int8": 1, "fp8": 1}
+_KV_SCALE_BYTES: dict[KVDType, int] = {"float32": 0, "bfloat16": 0, "int8": 4, "fp8": 4}  # one scale, float32
 
 CPU_CACHE_BYTES = 512 << 20  # of the KV cache on a CPU, where one sequence needs no more
 
@@ -227,6 +232,7 @@ class CacheConfig:
 
     block_size: int = 16  # tokens per block
     num_blocks: int  # blocks in the pool, the scratch block not counted
+    dtype: KVDType | Literal["auto"] = "auto"  # auto: that of the computation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -250,6 +256,12 @@ class EngineConfig:
     scheduler: SchedulerConfig
     max_logprobs: int = 20
     compile_cache_dir: str | None = None
+    cpu_weights: CPUWeights = "float"  # what int8 and int4 matrices become on a CPU
+
+    @property
+    def kv_dtype(self) -> KVDType:
+        """Of the KV cache."""
+        return self.dtype if self.cache.dtype == "auto" else self.cache.dtype
 
     @property
     def max_blocks_per_seq(self) -> int:
@@ -262,14 +274,19 @@ def blocks_per_sequence(scheduler: SchedulerConfig, block_size: int) -> int:
     return -(-scheduler.max_model_len // block_size)
 
 
-def kv_bytes_per_token(model: ModelConfig, dtype: DType) -> int:
-    """Bytes of keys and values that one token keeps in the cache over all layers."""
-    return 2 * model.num_layers * model.num_kv_heads * model.key_size * {"float32": 4, "bfloat16": 2}[dtype]
+def kv_head_bytes(model: ModelConfig, dtype: KVDType) -> int:
+    """Bytes of one head's keys and values of one token in the cache, over all layers."""
+    return 2 * model.num_layers * (model.key_size * _KV_BYTES[dtype] + _KV_SCALE_BYTES[dtype])
 
 
-def choose_num_blocks(model: ModelConfig, scheduler: SchedulerConfig, *, block_size: int, dtype: DType, cache_bytes: int) -> int:
+def kv_bytes_per_token(model: ModelConfig, dtype: KVDType) -> int:
+    """Bytes of keys and values that one token keeps in the cache over all heads and layers."""
+    return model.num_kv_heads * kv_head_bytes(model, dtype)
+
+
+def choose_num_blocks(model: ModelConfig, scheduler: SchedulerConfig, *, block_size: int, kv_dtype: KVDType, cache_bytes: int) -> int:
     """As many blocks as `cache_bytes` hold. Raises `ConfigError` where not even one sequence of `max_model_len` fits."""
-    block_bytes = block_size * kv_bytes_per_token(model, dtype)
+    block_bytes = block_size * kv_bytes_per_token(model, kv_dtype)
     num_blocks = cache_bytes // block_bytes
     if num_blocks < blocks_per_sequence(scheduler, block_size):
         raise ConfigError(
@@ -294,6 +311,8 @@ class EngineOptions:
     memory_share: float = 0.9  # of an accelerator's memory
     max_logprobs: int = 20
     compile_cache_dir: str | None = None
+    kv_dtype: KVDType | Literal["auto"] = "auto"
+    cpu_weights: CPUWeights = "float"
 
     def resolve(self, *, backend: str, free_bytes: int) -> EngineConfig:
         """The configuration for these devices: `auto` is float32 on a CPU and bfloat16 elsewhere; an unset cache size is `free_bytes`.
@@ -305,7 +324,7 @@ class EngineOptions:
             self.model,
             self.scheduler,
             block_size=self.block_size,
-            dtype=dtype,
+            kv_dtype=self._kv_dtype_on(backend),
             cache_bytes=free_bytes if self.cache_bytes is None else self.cache_bytes,
         )
         return EngineConfig(
@@ -313,10 +332,11 @@ class EngineOptions:
             model_dir=self.model_dir,
             dtype=dtype,
             mesh=self.mesh,
-            cache=CacheConfig(block_size=self.block_size, num_blocks=num_blocks),
+            cache=CacheConfig(block_size=self.block_size, num_blocks=num_blocks, dtype=self._kv_dtype_on(backend)),
             scheduler=self.scheduler,
             max_logprobs=self.max_logprobs,
             compile_cache_dir=self.compile_cache_dir,
+            cpu_weights=self.cpu_weights,
         )
 
     def default_cpu_cache_bytes(self, *, memory_bytes: int) -> int:
@@ -325,10 +345,13 @@ class EngineOptions:
         512 MiB, or less where that is more than twice what all sequences at full length can hold, the other half being for the prefix
         cache; more where a single sequence needs it, up to half the memory.
         """
-        block_bytes = self.block_size * kv_bytes_per_token(self.model, self._dtype_on("cpu"))
+        block_bytes = self.block_size * kv_bytes_per_token(self.model, self._kv_dtype_on("cpu"))
         sequence_bytes = blocks_per_sequence(self.scheduler, self.block_size) * block_bytes
         useful_bytes = 2 * self.scheduler.max_num_seqs * sequence_bytes
         return max(min(CPU_CACHE_BYTES, useful_bytes), min(sequence_bytes, memory_bytes // 2))
 
     def _dtype_on(self, backend: str) -> DType:
         return self.dtype if self.dtype != "auto" else "float32" if backend == "cpu" else "bfloat16"
+
+    def _kv_dtype_on(self, backend: str) -> KVDType:
+        return self._dtype_on(backend) if self.kv_dtype == "auto" else self.kv_dtype
