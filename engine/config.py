@@ -279,14 +279,14 @@ def kv_head_bytes(model: ModelConfig, dtype: KVDType) -> int:
     return 2 * model.num_layers * (model.key_size * _KV_BYTES[dtype] + _KV_SCALE_BYTES[dtype])
 
 
-def kv_bytes_per_token(model: ModelConfig, dtype: KVDType) -> int:
-    """Bytes of keys and values that one token keeps in the cache over all heads and layers."""
-    return model.num_kv_heads * kv_head_bytes(model, dtype)
+def kv_bytes_per_token(model: ModelConfig, dtype: KVDType, *, num_devices: int = 1) -> int:
+    """Bytes of keys and values that one token keeps in the cache over all heads and layers; each device holds at least one head."""
+    return max(model.num_kv_heads, num_devices) * kv_head_bytes(model, dtype)
 
 
-def choose_num_blocks(model: ModelConfig, scheduler: SchedulerConfig, *, block_size: int, kv_dtype: KVDType, cache_bytes: int) -> int:
+def choose_num_blocks(scheduler: SchedulerConfig, *, block_size: int, token_bytes: int, cache_bytes: int) -> int:
     """As many blocks as `cache_bytes` hold. Raises `ConfigError` where not even one sequence of `max_model_len` fits."""
-    block_bytes = block_size * kv_bytes_per_token(model, kv_dtype)
+    block_bytes = block_size * token_bytes
     num_blocks = cache_bytes // block_bytes
     if num_blocks < blocks_per_sequence(scheduler, block_size):
         raise ConfigError(
@@ -319,20 +319,18 @@ class EngineOptions:
 
         Raises `ConfigError` where the cache cannot hold one sequence.
         """
-        dtype = self._dtype_on(backend)
         num_blocks = choose_num_blocks(
-            self.model,
             self.scheduler,
             block_size=self.block_size,
-            kv_dtype=self._kv_dtype_on(backend),
+            token_bytes=self._token_bytes_on(backend),
             cache_bytes=free_bytes if self.cache_bytes is None else self.cache_bytes,
         )
         return EngineConfig(
             model=self.model,
             model_dir=self.model_dir,
-            dtype=dtype,
+            dtype=self.dtype_on(backend),
             mesh=self.mesh,
-            cache=CacheConfig(block_size=self.block_size, num_blocks=num_blocks, dtype=self._kv_dtype_on(backend)),
+            cache=CacheConfig(block_size=self.block_size, num_blocks=num_blocks, dtype=self.kv_dtype_on(backend)),
             scheduler=self.scheduler,
             max_logprobs=self.max_logprobs,
             compile_cache_dir=self.compile_cache_dir,
@@ -345,13 +343,19 @@ class EngineOptions:
         512 MiB, or less where that is more than twice what all sequences at full length can hold, the other half being for the prefix
         cache; more where a single sequence needs it, up to half the memory.
         """
-        block_bytes = self.block_size * kv_bytes_per_token(self.model, self._kv_dtype_on("cpu"))
+        block_bytes = self.block_size * self._token_bytes_on("cpu")
         sequence_bytes = blocks_per_sequence(self.scheduler, self.block_size) * block_bytes
         useful_bytes = 2 * self.scheduler.max_num_seqs * sequence_bytes
         return max(min(CPU_CACHE_BYTES, useful_bytes), min(sequence_bytes, memory_bytes // 2))
 
-    def _dtype_on(self, backend: str) -> DType:
+    def dtype_on(self, backend: str) -> DType:
+        """Of the computation."""
         return self.dtype if self.dtype != "auto" else "float32" if backend == "cpu" else "bfloat16"
 
-    def _kv_dtype_on(self, backend: str) -> KVDType:
-        return self._dtype_on(backend) if self.kv_dtype == "auto" else self.kv_dtype
+    def kv_dtype_on(self, backend: str) -> KVDType:
+        """Of the KV cache."""
+        return self.dtype_on(backend) if self.kv_dtype == "auto" else self.kv_dtype
+
+    def _token_bytes_on(self, backend: str) -> int:
+        """Of one token in the cache of a data shard, over all its devices."""
+        return kv_bytes_per_token(self.model, self.kv_dtype_on(backend), num_devices=self.mesh.expert * self.mesh.tensor)
