@@ -125,14 +125,23 @@ class EngineCore:
     def has_work(self) -> bool:
         return self.scheduler.has_work or bool(self._compiling)
 
+    @property
+    def is_computing(self) -> bool:
+        """Whether the device has a step whose result nobody has asked for yet."""
+        return self._in_flight is not None
+
+    def check(self, request: GenerationRequest, output_token_ids: tuple[int, ...]) -> None:
+        """Raises `RequestError` for a request that could never run."""
+        if request.request_id in self._sequences:
+            raise RequestError(f"request id {request.request_id} is already running")
+        check_request(request, output_token_ids, vocab_size=self.config.model.vocab_size, max_len=self._max_len)
+
     def submit(self, request: GenerationRequest, *, output_token_ids: tuple[int, ...] = (), num_scored_tokens: int = 0) -> bool:
         """Queue a request; True if it only waits, until `on_begin` is told of it. Raises `RequestError` for one that could never run.
 
         A generation that another engine began goes on behind the output tokens and prompt log-probabilities that it has given already.
         """
-        if request.request_id in self._sequences:
-            raise RequestError(f"request id {request.request_id} is already running")
-        check_request(request, output_token_ids, vocab_size=self.config.model.vocab_size, max_len=self._max_len)
+        self.check(request, output_token_ids)
         constraint = self._constraint(request, output_token_ids)
         is_scored = request.sampling.prompt_logprobs is not None
         sequence = Sequence(
@@ -160,10 +169,10 @@ class EngineCore:
         if sequence := self._sequences.get(request_id):
             self._end(sequence)
 
-    def step(self) -> list[TokenDelta]:
-        """Launch a step and return what the one before it made known.
+    def step(self, *, may_wait: bool = True) -> list[TokenDelta]:
+        """Launch a step and return what the one before it made known. Where only threads can bring the work on, wait for them a moment.
 
-        Raises `RuntimeError` if work is pending and none can be done.
+        With `may_wait=False` do not: the thread has other cores to see to. Raises `RuntimeError` if work is pending and none can be done.
         """
         deltas = self._expire()
         if self._grammars is not None:
@@ -173,7 +182,7 @@ class EngineCore:
         if collected is not None:
             deltas += self._commit(collected)
         elif launched is None and self.has_work:
-            deltas += self._wait()
+            deltas += self._wait(IDLE_WAIT_S if may_wait else 0.0)
         if launched is not None and launched.output is None:
             self._choose_late(launched)
         return deltas
@@ -331,11 +340,11 @@ class EngineCore:
                 deltas.append(self._add_token(chosen))
         return deltas
 
-    def _wait(self) -> list[TokenDelta]:
+    def _wait(self, wait_s: float) -> list[TokenDelta]:
         """There is work and no step: only threads can bring it on."""
         if self._grammars is None or not (self._compiling or self._advancing):
             raise RuntimeError(f"nothing can be computed: {self.stats()}")
-        return self._resume(self._grammars.take(wait_s=IDLE_WAIT_S))
+        return self._resume(self._grammars.take(wait_s=wait_s))
 
     def _add_token(self, chosen: _Chosen) -> TokenDelta:
         """The pending token is known."""

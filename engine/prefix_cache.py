@@ -40,6 +40,10 @@ class PrefixCache:
         self._keys: dict[int, bytes] = {}  # by block
         pool.on_evict = self._remove
 
+    def __contains__(self, key: bytes) -> bool:
+        """Whether a block with this one of the `block_keys` is known."""
+        return key in self._entries
+
     def lookup(self, sequence: Sequence) -> list[int]:
         """Blocks of the sequence's leading full blocks, as far as they are known. Nobody may take a block before these are shared.
 
@@ -106,8 +110,7 @@ class PrefixCache:
         keys = sequence.block_keys
         if index == len(keys):
             parent = keys[-1] if keys else _root(sequence.request.cache_salt)
-            tokens = array("i", self._tokens(sequence, index)).tobytes()
-            keys.append(sha256(parent + tokens).digest())
+            keys.append(_child(parent, self._tokens(sequence, index)))
         return keys[index]
 
     def _unsent(self, sequence: Sequence, index: int) -> range:
@@ -124,6 +127,18 @@ class PrefixCache:
         first = index * self.block_size
         targets = entry.scores.targets[unsent.start - first : unsent.stop - first]
         return targets.tolist() == sequence.token_ids[unsent.start + 1 : unsent.stop + 1]
+
+
+def block_keys(token_ids: list[int], *, cache_salt: str, block_size: int) -> list[bytes]:
+    """The keys of all full blocks of these tokens."""
+    keys = [_root(cache_salt)]
+    for end in range(block_size, len(token_ids) + 1, block_size):
+        keys.append(_child(keys[-1], token_ids[end - block_size : end]))
+    return keys[1:]
+
+
+def _child(parent: bytes, token_ids: list[int]) -> bytes:
+    return sha256(parent + array("i", token_ids).tobytes()).digest()
 
 
 def _root(salt: str) -> bytes:
