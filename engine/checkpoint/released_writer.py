@@ -5,7 +5,7 @@ Frames follow Python's pickler: an object never straddles a frame, and payloads 
 """
 
 import struct
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from pathlib import Path
 
 import ml_dtypes
@@ -30,7 +30,29 @@ def write_tensor(path: Path, weight: np.ndarray, *, scales: np.ndarray | None = 
     """
     with path.open("wb") as file:
         for part in encode_tensor(weight, scales=scales):
-            file.write(part if isinstance(part, bytes) else np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
+            file.write(part if isinstance(part, bytes) else _bytes_of(part))
+
+
+def write_tensor_in_blocks(
+    path: Path, shape: tuple[int, ...], dtype: type, blocks: Iterable[np.ndarray], *, scales: np.ndarray | None = None
+) -> None:
+    """The same for a weight of 64 KiB or more that is never in memory as a whole: `blocks` are its numbers in order, in any shape.
+
+    Raises `ValueError` where they are too few, too many or of another dtype, and `OSError`.
+    """
+    stand_in = np.broadcast_to(np.zeros((), dtype), shape)  # takes no memory
+    num_left = stand_in.size
+    with path.open("wb") as file:
+        for part in encode_tensor(stand_in, scales=scales):
+            if part is not stand_in:
+                file.write(part if isinstance(part, bytes) else _bytes_of(part))
+                continue
+            for block in blocks:
+                _check_dtype(block, dtype)
+                file.write(_bytes_of(block))
+                num_left -= block.size
+    if num_left:
+        raise ValueError(f"expected {stand_in.size:,} numbers of {stand_in.nbytes:,} bytes, found {stand_in.size - num_left:,}")
 
 
 def encode_tensor(weight: np.ndarray, *, scales: np.ndarray | None = None) -> Iterator[bytes | np.ndarray]:
@@ -46,6 +68,10 @@ def encode_tensor(weight: np.ndarray, *, scales: np.ndarray | None = None) -> It
     else:
         pickler.add_quantized(weight, scales)
     return pickler.finish()
+
+
+def _bytes_of(array: np.ndarray) -> memoryview:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def _check_dtype(array: np.ndarray, expected: type) -> None:

@@ -15,7 +15,7 @@ from engine.model.params import ParamSpec
 
 WeightAndScales = tuple[np.ndarray, np.ndarray | None]
 
-_UNIFORM_INT8_STD = 73.3  # of integers drawn evenly from -127 to 127
+UNIFORM_INT8_STD = 73.3  # of integers drawn evenly from -127 to 127
 
 
 def save_checkpoint(model_dir: Path, config: ModelConfig, *, make_tensor: Callable[[ParamSpec], WeightAndScales]) -> None:
@@ -53,7 +53,7 @@ def random_tensors(config: ModelConfig, *, seed: int) -> Callable[[ParamSpec], W
         *lead, _, columns = spec.shape
         spread = random.uniform(0.5, 1.5, (*lead, scale_groups(spec, config), columns))
         weight = random.integers(-127, 127, spec.shape, np.int8, endpoint=True)
-        return weight, (spread * std / _UNIFORM_INT8_STD).astype(ml_dtypes.bfloat16)
+        return weight, (spread * std / UNIFORM_INT8_STD).astype(ml_dtypes.bfloat16)
 
     return draw
 

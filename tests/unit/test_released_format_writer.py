@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from engine.checkpoint.released_format import read_index
-from engine.checkpoint.released_writer import encode_tensor, write_tensor
+from engine.checkpoint.released_writer import encode_tensor, write_tensor, write_tensor_in_blocks
 
 TINY = Path(__file__).parents[1] / "data" / "tiny-a" / "ckpt-0"
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -103,6 +103,23 @@ def test_arrays_in_any_memory_order_are_written_in_c_order(tmp_path: Path) -> No
     write_tensor(tmp_path / "tensor", array)
 
     np.testing.assert_array_equal(read_index(tmp_path / "tensor").map_weight(), array)
+
+
+@pytest.mark.parametrize("num_rows", [1, 33, 200])
+def test_a_weight_written_in_blocks_is_the_same_file(tmp_path: Path, num_rows: int) -> None:
+    weight, scales = np.arange(80_000, dtype=np.int8).reshape(2, 200, 200), np.full((2, 1, 200), 0.5, BF16)
+    blocks = (weight.reshape(-1, 200)[start : start + num_rows] for start in range(0, 400, num_rows))
+    write_tensor(tmp_path / "whole", weight, scales=scales)
+
+    write_tensor_in_blocks(tmp_path / "blocks", weight.shape, np.int8, blocks, scales=scales)
+
+    assert (tmp_path / "blocks").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+@pytest.mark.parametrize("count", [79_999, 80_001])
+def test_blocks_that_do_not_add_up_to_the_weight_are_refused(tmp_path: Path, count: int) -> None:
+    with pytest.raises(ValueError, match=f"expected 80,000 numbers of 320,000 bytes, found {count:,}"):
+        write_tensor_in_blocks(tmp_path / "tensor", (400, 200), np.float32, [np.zeros(count, np.float32)])
 
 
 @pytest.mark.parametrize(("weight", "scales"), [(np.float64, None), (BF16, None), (np.int8, np.float32), (np.uint8, BF16)])
