@@ -10,6 +10,7 @@ import os
 import re
 from dataclasses import dataclass, fields
 from importlib import resources
+from math import gcd
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -224,6 +225,12 @@ class MeshConfig:
     data: int = 1
     expert: int = 1
     tensor: int = 1
+
+
+def mesh_of(model: ModelConfig, *, num_devices: int, data: int, is_expert_parallel: bool) -> MeshConfig:
+    """The mesh that the flags mean: `num_devices` share each matrix, or hold whole experts as far as these can be dealt out."""
+    expert = gcd(model.num_experts, num_devices) if is_expert_parallel else 1
+    return MeshConfig(data=data, expert=expert, tensor=num_devices // expert)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
