@@ -100,6 +100,23 @@ class Progress:
     total: int
     unit: str  # what done and total count: "bytes", "programs"
     detail: str = ""  # the item just finished: a tensor, a program
+    tensors_done: int = 0  # where done and total are bytes
+    tensors_total: int = 0
+    elapsed_s: float = 0.0  # since the phase began; 0 where nobody measures
+
+    @property
+    def percent(self) -> float:
+        return 100 * self.done / self.total if self.total else 0.0
+
+    @property
+    def per_second(self) -> float | None:
+        """So many of its units, over all of its time so far."""
+        return self.done / self.elapsed_s if self.elapsed_s > 0 else None
+
+    @property
+    def left_s(self) -> float | None:
+        """Seconds until the end at this rate."""
+        return (self.total - self.done) / self.per_second if self.per_second else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,6 +22,7 @@ from rich.table import Table
 from engine.types import EngineInfo, Progress
 
 SECONDS_BETWEEN_LINES = 2.0
+BAR_WIDTH = 16  # leaves room for all the rest in 80 columns
 
 log = structlog.get_logger(__name__)
 
@@ -87,7 +88,8 @@ class Console:
         if self._terminal.is_terminal:
             self._move_bar(progress)
         if progress.unit == "programs" or (not self._terminal.is_terminal and self._is_time_for_line(progress)):
-            self._line(f"{progress.phase}: {_amount(progress)} {progress.detail}".rstrip())
+            left = "" if progress.left_s is None or progress.done == progress.total else f", {readable_seconds(progress.left_s)} left"
+            self._line(f"{progress.phase}: {_amount(progress)}{left} {progress.detail}".rstrip())
 
     def engine_ready(self, info: EngineInfo) -> None:
         """The first time, everything a newcomer needs; later, a log line."""
@@ -126,7 +128,12 @@ class Console:
 
     def _move_bar(self, progress: Progress) -> None:
         if self._bars is None:
-            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[amount]}"), TimeRemainingColumn())
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(BAR_WIDTH),
+                TextColumn("{task.fields[amount]}"),
+                TimeRemainingColumn(),
+            )
             self._bars = Bars(*columns, console=self._terminal)
             self._bars.start()
         if progress.phase not in self._bar_of_phase:
@@ -166,10 +173,23 @@ def readable_bytes(count: int) -> str:
     return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
 
 
+def readable_seconds(seconds: float) -> str:
+    """`3 s`, `2 min 5 s`, `1 h 4 min`."""
+    whole = math.ceil(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
 def _amount(progress: Progress) -> str:
-    if progress.unit == "bytes":
-        return f"{readable_bytes(progress.done)} of {readable_bytes(progress.total)}"
-    return f"{progress.done:,} of {progress.total:,} {progress.unit}"
+    """`3 of 770 tensors, 4.8 GB of 318.2 GB, 2.1 GB/s`, as far as it is known."""
+    if progress.unit != "bytes":
+        return f"{progress.done:,} of {progress.total:,} {progress.unit}"
+    tensors = f"{progress.tensors_done:,} of {progress.tensors_total:,} tensors, " if progress.tensors_total else ""
+    rate = f", {readable_bytes(round(progress.per_second))}/s" if progress.per_second else ""
+    return f"{tensors}{readable_bytes(progress.done)} of {readable_bytes(progress.total)}{rate}"
 
 
 def _facts(model_name: str, info: EngineInfo) -> Table:

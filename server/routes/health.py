@@ -36,5 +36,10 @@ async def readyz(services: FromApp) -> JSONResponse:
 def _progress(progress: Progress | None) -> dict[str, Any]:
     if progress is None:
         return {"phase": None, "percent": None}
-    percent = round(100 * progress.done / progress.total, 1) if progress.total else 0.0
-    return {"phase": progress.phase, "percent": percent}
+    body: dict[str, Any] = {"phase": progress.phase, "percent": round(progress.percent, 1)}
+    body |= {"done": progress.done, "total": progress.total, "unit": progress.unit}
+    if progress.tensors_total:
+        body |= {"tensors_done": progress.tensors_done, "tensors_total": progress.tensors_total}
+    if progress.per_second and progress.left_s is not None:
+        body |= {"per_second": round(progress.per_second), "left_s": round(progress.left_s, 1)}
+    return body

@@ -127,14 +127,25 @@ async def test_probes_answer_head_as_well(http: httpx.AsyncClient):
 async def test_readiness_follows_the_engine_and_liveness_does_not(http: httpx.AsyncClient, engine: FakeEngineClient):
     ready = await http.get("/readyz")
     info, engine.info, engine.is_ready = engine.info, None, False
-    engine.progress = Progress(phase="load", done=3, total=4, unit="bytes")
+    engine.progress = Progress(phase="load", done=3, total=4, unit="bytes", tensors_done=1, tensors_total=2, elapsed_s=1.5)
     loading = await http.get("/readyz")
     engine.info, engine.progress = info, None
     restarting = await http.get("/health")
 
     assert ready.status_code == 200
     assert loading.status_code == 503
-    assert loading.json() == {"status": "model_loading", "phase": "load", "percent": 75.0}
+    assert loading.json() == {
+        "status": "model_loading",
+        "phase": "load",
+        "percent": 75.0,
+        "done": 3,
+        "total": 4,
+        "unit": "bytes",
+        "tensors_done": 1,
+        "tensors_total": 2,
+        "per_second": 2,
+        "left_s": 0.5,
+    }
     assert restarting.status_code == 503
     assert restarting.json()["status"] == "engine_restarting"
     assert (await http.get("/livez")).status_code == 200

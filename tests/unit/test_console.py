@@ -10,7 +10,7 @@ from fake_core import engine_options, options_info
 from structlog.testing import capture_logs
 
 from engine.types import Progress
-from server.console import Console
+from server.console import Console, readable_seconds
 from server.limits import Limits
 from server.settings import limits_by_setting
 
@@ -96,6 +96,38 @@ def test_every_program_has_a_line_and_the_weights_a_few(capsys):
         "load: 4 B of 4 B tensor 4",
         "compile: 4 of 4 programs step 4: compiled",
     ]
+
+
+def test_loading_is_told_in_tensors_bytes_rate_and_time_left(capsys, monkeypatch):
+    half = Progress(
+        phase="load",
+        done=159_000_000_000,
+        total=318_000_000_000,
+        unit="bytes",
+        detail="x",
+        tensors_done=385,
+        tensors_total=770,
+        elapsed_s=75,
+    )
+    monkeypatch.setenv("COLUMNS", "80")
+
+    Console(url="http://127.0.0.1:1", model_name="m", has_tokenizer=True).engine_progressed(half)
+    line = capsys.readouterr().out
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    console = Console(url="http://127.0.0.1:1", model_name="m", has_tokenizer=True)
+    console.engine_progressed(half)
+    console.close()
+    bar = capsys.readouterr().out
+
+    assert line == "load: 385 of 770 tensors, 159.0 GB of 318.0 GB, 2.1 GB/s, 1 min 15 s left x\n"
+    assert "385 of 770 tensors, 159.0 GB of 318.0 GB, 2.1 GB/s" in bar
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.2, "1 s"), (59, "59 s"), (59.5, "1 min 0 s"), (3599, "59 min 59 s"), (3600, "1 h 0 min"), (7384, "2 h 3 min")]
+)
+def test_seconds_are_told_in_two_units_at_most(seconds, text):
+    assert readable_seconds(seconds) == text
 
 
 def test_a_ready_engine_says_how_many_of_its_programs_were_compiled_before(capsys):
