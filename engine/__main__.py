@@ -36,9 +36,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from engine.config import EngineConfig, EngineOptions
 from engine.constraints import Grammars
-from engine.errors import EngineError, RequestError, TransportError
+from engine.errors import DoesNotFitError, EngineError, RequestError, TransportError
 from engine.grammar import GrammarMatcher, GrammarTokenizer
-from engine.host_memory import host_memory_bytes
 from engine.messages import (
     Abort,
     Begun,
@@ -63,8 +62,6 @@ if TYPE_CHECKING:  # it imports jax
     from engine.programs import Programs
 
 SIGN_OF_LIFE_S = 0.5  # at most this long, and a step, without a message
-SLOT_BYTES_PER_TOKEN = 10.125  # of the vocabulary, per running sequence: counts, biases, two flags and a bit (`engine/sampling.py`)
-WORKSPACE_BYTES = 2 << 30  # of an accelerator: activations and what the programs themselves take
 
 START_FAILED = 2
 CRASHED = 1
@@ -186,7 +183,7 @@ def run_engine(channel: BlockingChannel, *, builder: Builder, on_disconnect: Cal
         with _signs_of_life(channel):
             core = builder.build(configure.options, lambda progress: channel.send(encode(Report(progress))))
     except EngineError as error:
-        channel.send(encode(Failed(str(error))))
+        channel.send(encode(Failed(str(error), plan=error.plan if isinstance(error, DoesNotFitError) else None)))
         return START_FAILED
     loop = EngineLoop(core, send=lambda message: channel.send(encode(message)))
     _settle_memory()
@@ -233,29 +230,16 @@ def _load_grammars(options: EngineOptions) -> Grammars | None:
 
 
 def _resolve(options: EngineOptions) -> EngineConfig:
-    """The configuration for the devices that are here."""
-    import jax
+    """The configuration for the devices that are here. Raises `DoesNotFitError` where their memory does not suffice."""
+    from engine.memory_check import config_for, device_here
 
-    backend = jax.default_backend()
-    if backend == "cpu":
-        free_bytes = options.default_cpu_cache_bytes(memory_bytes=host_memory_bytes())
-    else:
-        free_bytes = _free_bytes(options, jax.local_devices()[0].memory_stats() or {})
-    return options.resolve(backend=backend, free_bytes=free_bytes)
+    return config_for(options, device_here(options))
 
 
 def _prepare_environment(options: EngineOptions) -> None:
     """What jax reads from the environment at import. The operator's own settings win."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's informational lines
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{options.memory_share:.2f}")
-
-
-def _free_bytes(options: EngineOptions, memory_stats: dict[str, int]) -> int:
-    """What the devices of one data shard have left for the cache beside weights (as large as their files), slots and workspace."""
-    num_devices = options.mesh.expert * options.mesh.tensor
-    weight_bytes = sum(path.stat().st_size for path in Path(options.model_dir).rglob("tensor*"))
-    slot_bytes = int(SLOT_BYTES_PER_TOKEN * options.scheduler.max_num_seqs * options.model.vocab_size)  # on every device
-    return num_devices * (memory_stats.get("bytes_limit", 0) - WORKSPACE_BYTES - slot_bytes) - weight_bytes
 
 
 def _read(channel: BlockingChannel, inbox: "queue.SimpleQueue[FromServer | None]", on_disconnect: Callable[[], None]) -> None:

@@ -96,7 +96,7 @@ class RemoteEngineClient:
     ) -> None:
         self.info: EngineInfo | None = None
         self.progress: Progress | None = None
-        self.failure: str | None = None  # why the connected engine cannot start
+        self.failure: Failed | None = None  # why the connected engine cannot start
         self.num_frames = 0  # received so far: a sign of life for whoever watches
         self.num_restarts = 0
         self._on_progress = on_progress
@@ -195,8 +195,8 @@ class RemoteEngineClient:
                     self._on_progress(progress)
             case Ready(info=info):
                 self._become_ready(info)
-            case Failed(message=message):
-                self.failure = message
+            case Failed() as failed:
+                self.failure = failed
         self._submit_due()
 
     def channel_closed(self) -> None:

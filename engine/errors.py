@@ -2,6 +2,7 @@
 
     EngineError
     ├── ConfigError         a configuration that cannot work: unknown key, wrong type, impossible size
+    │   └── DoesNotFitError one that needs more memory than there is, with the plan that says so
     ├── CheckpointError     files that do not hold the weights the configuration asks for
     ├── TokenizerError      no tokenizer, or a file that is none
     ├── RequestError        a request that the engine refuses; the message is for the client
@@ -20,6 +21,14 @@ class EngineError(Exception):
 
 class ConfigError(EngineError):
     """A configuration that cannot work."""
+
+
+class DoesNotFitError(ConfigError):
+    """A configuration that needs more memory than there is. `plan` is what `grok-server plan` would answer, as JSON."""
+
+    def __init__(self, message: str, *, plan: str) -> None:
+        super().__init__(message)
+        self.plan = plan
 
 
 class CheckpointError(EngineError):

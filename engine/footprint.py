@@ -8,20 +8,18 @@ Temporaries are an upper bound, the sum of the named buffers that a step may hol
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import ceil, prod
+from math import ceil, lcm, prod
 from typing import Literal
 
-from engine.config import DType, MeshConfig, ModelConfig, SchedulerConfig
-from engine.model.params import ParamSpec, each_spec, param_specs
-from engine.sharding import RULES
+from engine.config import DType, KVDType, MeshConfig, ModelConfig, SchedulerConfig, kv_head_bytes
+from engine.model.params import Axis, ParamSpec, each_spec, param_specs
+from engine.sharding import RULES, num_cached_heads
 
 WeightFormat = Literal["float32", "bfloat16", "int8", "int4"]
 WEIGHT_FORMATS: tuple[WeightFormat, ...] = ("float32", "bfloat16", "int8", "int4")
-KVFormat = Literal["float32", "bfloat16", "int8", "fp8"]
 
-BYTES = {"float32": 4, "bfloat16": 2, "int8": 1, "fp8": 1}
+BYTES = {"float32": 4, "bfloat16": 2}
 SCALE_BYTES = 2  # bfloat16
-INT4_GROUP = 128  # weights of the contracting axis that share a scale
 SLOT_BYTES_PER_TOKEN = 10.125  # of the vocabulary, per running sequence: counts, biases, two flags and a bit of its mask
 NUM_SAMPLING_ARRAYS = 6  # over rows x vocabulary, float32, alive at the same time while tokens are chosen
 SCORED_ROWS = 128  # positions whose logits exist at the same time
@@ -34,12 +32,14 @@ REDUCES_PER_LAYER = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
-    """What matters of one accelerator, as its maker gives it; memory as its driver reports it."""
+    """What matters of one accelerator, as its maker gives it; memory as its driver reports it. Or the host, where a CPU computes."""
 
     name: str
     memory_bytes: int
-    bytes_per_s: float
-    flops: float  # bfloat16, dense, a second
+    bytes_per_s: float | None = None  # None: nobody told, so no speeds are expected
+    flops: float = 0.0  # bfloat16, dense, a second
+    is_host: bool = False
+    num_sharing: int = 1  # devices that have this memory together
 
 
 MIB = 1 << 20
@@ -83,12 +83,19 @@ class Setup:
     mesh: MeshConfig
     scheduler: SchedulerConfig
     weights: WeightFormat
-    kv: KVFormat
+    kv: KVDType
     dtype: DType  # of activations and the embedding
+    block_size: int = 16  # tokens per block of the cache
+    int4_group: int = 128  # rows that share a scale, of int4
 
     @property
     def num_devices(self) -> int:
-        return self.mesh.data * self.mesh.expert * self.mesh.tensor
+        return self.mesh.data * self.shard_size
+
+    @property
+    def shard_size(self) -> int:
+        """Devices that share the weights and the cache of one replica."""
+        return self.mesh.expert * self.mesh.tensor
 
 
 def payload_bytes(model: ModelConfig) -> int:
@@ -106,7 +113,7 @@ def weights_by_kind(setup: Setup) -> list[Weights]:
             kind=kind,
             num_params=sum(spec.num_params for spec in specs),
             device_bytes=sum(device_bytes(spec, setup) for spec in specs),
-            placed=_placed(specs[0], setup.mesh),
+            placed=_placed(specs[0], setup),
             stored=_stored(specs[0], setup),
         )
         for kind, specs in kinds.items()
@@ -116,42 +123,41 @@ def weights_by_kind(setup: Setup) -> list[Weights]:
 
 def device_bytes(spec: ParamSpec, setup: Setup) -> int:
     """Of one tensor, on one device."""
-    shards = _num_shards(spec, setup.mesh)
+    shape = _device_shape(spec, setup)
     if not spec.is_quantized:
-        size = BYTES[setup.dtype] if "vocab" in spec.axes else BYTES["float32"]
-        return spec.num_params // shards * size
-    match setup.weights:
-        case "int8":
-            *lead, _, n = spec.shape
-            groups = _num_groups(spec, setup.model)
-            return spec.num_params // shards + ceil(prod(lead) * groups * n / shards) * SCALE_BYTES
-        case "int4":
-            return ceil(spec.num_params / 2 / shards) + ceil(spec.num_params / INT4_GROUP / shards) * SCALE_BYTES
-        case plain:
-            return spec.num_params // shards * BYTES[plain]
+        return prod(shape) * BYTES[setup.dtype if "vocab" in spec.axes else "float32"]
+    if setup.weights not in ("int8", "int4"):
+        return prod(shape) * BYTES[setup.weights]
+    *lead, _, n = shape
+    packed = prod(shape) if setup.weights == "int8" else prod(shape) // 2
+    return packed + prod(lead) * _device_groups(spec, setup) * n * SCALE_BYTES
 
 
 def kv_bytes_per_token(setup: Setup) -> int:
-    """On one device: keys and values of all layers, of its own heads. Eight-bit forms keep a float32 scale per head and token."""
-    model = setup.model
-    heads = max(1, model.num_kv_heads // (setup.mesh.tensor * setup.mesh.expert))
-    scale = 4 if setup.kv in ("int8", "fp8") else 0
-    return 2 * model.num_layers * heads * (model.key_size * BYTES[setup.kv] + scale)
+    """On one device: keys and values of all layers, of its own heads."""
+    num_heads = num_cached_heads(setup.model, setup.shard_size) // setup.shard_size
+    return num_heads * kv_head_bytes(setup.model, setup.kv)
 
 
-def temporary_bytes(setup: Setup) -> dict[str, int]:
-    """Named buffers of one device that may exist at the same time."""
-    model, scheduler, mesh = setup.model, setup.scheduler, setup.mesh
+def slot_bytes(setup: Setup) -> int:
+    """What sampling remembers of the running sequences, on every device."""
+    return ceil(setup.scheduler.max_num_seqs * setup.model.vocab_size * SLOT_BYTES_PER_TOKEN)
+
+
+def temporary_bytes(setup: Setup, device: Device) -> dict[str, int]:
+    """Named buffers of one device that may exist at the same time. On a host only those that are always there: it has no fixed share."""
+    if device.is_host:
+        return {"slots": slot_bytes(setup)}
+    model, scheduler = setup.model, setup.scheduler
     tokens, rows, size = scheduler.max_num_batched_tokens, scheduler.max_num_seqs, BYTES[setup.dtype]
     width = model.num_q_heads * model.key_size
     tiles = tokens // 8 + rows
-    split = mesh.tensor * mesh.expert
     return {
-        "slots": ceil(rows * model.vocab_size * SLOT_BYTES_PER_TOKEN),
+        "slots": slot_bytes(setup),
         "sampling": (rows * NUM_SAMPLING_ARRAYS + SCORED_ROWS) * model.vocab_size * 4,
         "activations": tokens * model.emb_size * (4 * size + 4 * model.num_selected_experts),
-        "attention": tiles * 8 * max(1, width // split) * 4 * 3,
-        "experts": 3 * tokens * (model.ffn_size // mesh.tensor) * 4,
+        "attention": tiles * 8 * (width // setup.shard_size) * 4 * 3,
+        "experts": 3 * tokens * (model.ffn_size // setup.mesh.tensor) * 4,
         "runtime": FIXED_BYTES,
     }
 
@@ -180,6 +186,8 @@ def active_params(model: ModelConfig) -> float:
 
 def speeds(setup: Setup, device: Device, *, context: int, batches: tuple[int, ...]) -> Iterator[Speed]:
     """Decoding at each batch size: the longer of reading and computing, and for what is expected, the collectives on top."""
+    if device.bytes_per_s is None:
+        return
     for batch in batches:
         reading_s = read_bytes(setup, batch=batch, context=context) / device.bytes_per_s
         computing_s = 2 * active_params(setup.model) * batch / setup.num_devices / device.flops
@@ -209,14 +217,27 @@ def _kind(spec: ParamSpec) -> str:
     return "attention" if spec.is_quantized else "router, norms"
 
 
-def _num_shards(spec: ParamSpec, mesh: MeshConfig) -> int:
-    sizes = {"data": mesh.data, "expert": mesh.expert, "tensor": mesh.tensor}
-    names = (RULES[axis] for axis in spec.axes)
-    return prod(sizes[name] for name in names if name is not None)
+def _device_shape(spec: ParamSpec, setup: Setup) -> tuple[int, ...]:
+    """Of one device's share of a tensor."""
+    return tuple(size // _num_parts(axis, setup) for size, axis in zip(spec.shape, spec.axes, strict=True))
 
 
-def _placed(spec: ParamSpec, mesh: MeshConfig) -> str:
-    shards = _num_shards(spec, mesh)
+def _num_parts(axis: Axis | None, setup: Setup) -> int:
+    """Into how many parts the devices of a replica cut an axis. A kv head is held by several where there are more of them than heads."""
+    sizes = {"expert": setup.mesh.expert, "tensor": setup.mesh.tensor}
+    parts = prod(sizes[name] for name in RULES[axis])
+    return min(parts, setup.model.num_kv_heads) if axis == "kv_heads" else parts
+
+
+def _device_groups(spec: ParamSpec, setup: Setup) -> int:
+    """Scale groups of one device, cut where its rows begin or end inside of one, as `engine/checkpoint/load.py` cuts them."""
+    groups = _num_groups(spec, setup.model) if setup.weights == "int8" else spec.shape[-2] // setup.int4_group
+    parts = _num_parts(spec.axes[-2], setup)
+    return groups if groups == 1 else lcm(groups, parts) // parts
+
+
+def _placed(spec: ParamSpec, setup: Setup) -> str:
+    shards = prod(_num_parts(axis, setup) for axis in spec.axes)
     return f"sharded over {shards}" if shards > 1 else "replicated"
 
 

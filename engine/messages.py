@@ -57,6 +57,7 @@ class Failed(msgspec.Struct, frozen=True, array_like=True, tag="failed"):
     """Engine to server, as its last word: it cannot start, for a reason that a restart does not cure."""
 
     message: str
+    plan: str | None = None  # where memory is what is missing: `grok-server plan`'s answer, as JSON
 
 
 class Refused(msgspec.Struct, frozen=True, array_like=True, tag="refused"):

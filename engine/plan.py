@@ -1,36 +1,23 @@
 """Plan: whether a model fits a machine, with the numbers, and what would fit where it does not.
 
-`python -m engine.plan` reads a `Query` as JSON from standard input and answers with a plan as JSON; `grok-server plan` asks it and draws
-the table. Needs neither weights nor the devices that it is about: everything comes from `engine/footprint.py`.
+`grok-server plan` asks it by way of `engine/plan_query.py`, about any machine; an engine asks it about its own before it loads anything
+(`engine/memory_check.py`). Needs neither weights nor the devices that it is about: everything comes from `engine/footprint.py`.
 """
 
-import json
-import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
-import msgspec
-
-from engine.config import DType, MeshConfig, ModelConfig, SchedulerConfig
+from engine.config import MeshConfig, blocks_per_sequence, mesh_of
 from engine.errors import ConfigError
-from engine.footprint import (
-    DEVICES,
-    Device,
-    KVFormat,
-    Setup,
-    Speed,
-    WeightFormat,
-    Weights,
-    kv_bytes_per_token,
-    payload_bytes,
-    speeds,
-    temporary_bytes,
-    weights_by_kind,
-)
+from engine.footprint import Device, Setup, Speed, Weights, kv_bytes_per_token, payload_bytes, speeds, temporary_bytes, weights_by_kind
+from engine.sharding import check_widths
 
 BATCHES = (1, 8, 32, 128)
 SPEED_CONTEXT = 2048  # tokens of each sequence, where speeds are given
 CONTEXTS = (2048, 8192)  # besides the longest
 MOST_DEVICES = 16  # that an alternative may ask for
+CONTEXT_STEP = 256  # tokens: of shorter contexts, the multiples are offered
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +26,8 @@ class Question:
 
     setup: Setup
     device: Device
-    memory_share: float
+    memory_share: float = 1.0
+    cache_bytes: int | None = None  # of one data shard; None: all that is left
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +59,7 @@ class Plan:
     usable_bytes: int
     cache_bytes: int  # left for the KV cache; negative where the rest does not fit already
     kv_bytes_per_token: int
+    cache_blocks: int  # of one data shard; the scratch block, which takes as much as any, is not one of them
     cache_tokens: int  # over all devices
     capacities: list[Capacity]
     speeds: list[Speed]
@@ -81,21 +70,33 @@ class Plan:
     def weight_bytes(self) -> int:
         return sum(each.device_bytes for each in self.weights)
 
+    @property
+    def block_bytes(self) -> int:
+        """Of one block of the cache, on one device."""
+        return self.question.setup.block_size * self.kv_bytes_per_token
+
+    @property
+    def largest_cache_bytes(self) -> int:
+        """Of the largest cache of a data shard that there is room for, over its devices, as `--kv-cache-memory-bytes` counts it."""
+        return max(0, self.cache_bytes // self.block_bytes - 1) * self.block_bytes * self.question.setup.shard_size
+
 
 def make_plan(question: Question, *, seeks_alternatives: bool = True) -> Plan:
     """The plan for a setup whose mesh divides the model. Raises `ConfigError` where it does not."""
     setup, device = question.setup, question.device
-    check_mesh(setup)
+    check_widths(setup.mesh, setup.model)
     weights = weights_by_kind(setup)
-    temporaries = temporary_bytes(setup)
-    usable = int(device.memory_bytes * question.memory_share)
+    temporaries = temporary_bytes(setup, device)
+    usable = int(device.memory_bytes * question.memory_share) // device.num_sharing
     room = usable - sum(each.device_bytes for each in weights) - sum(temporaries.values())
     per_token = kv_bytes_per_token(setup)
-    tokens = max(0, room // per_token) * setup.mesh.data
+    block_bytes = setup.block_size * per_token
+    blocks = room // block_bytes - 1 if question.cache_bytes is None else question.cache_bytes // (block_bytes * setup.shard_size)
+    blocks = max(0, blocks)
+    tokens = blocks * setup.block_size * setup.mesh.data
     longest = setup.scheduler.max_model_len
     contexts = sorted({*(context for context in CONTEXTS if context < longest), longest})
-    problem = _problem(question, weights, temporaries, room=room, tokens=tokens)
-    return Plan(
+    plan = Plan(
         question=question,
         payload_bytes=payload_bytes(setup.model),
         weights=weights,
@@ -103,142 +104,118 @@ def make_plan(question: Question, *, seeks_alternatives: bool = True) -> Plan:
         usable_bytes=usable,
         cache_bytes=room,
         kv_bytes_per_token=per_token,
+        cache_blocks=blocks,
         cache_tokens=tokens,
-        capacities=[Capacity(context=context, num_sequences=tokens // context) for context in contexts],
+        capacities=[
+            Capacity(context=context, num_sequences=blocks // -(-context // setup.block_size) * setup.mesh.data) for context in contexts
+        ],
         speeds=list(speeds(setup, device, context=min(SPEED_CONTEXT, longest), batches=BATCHES)),
-        problem=problem,
-        alternatives=_alternatives(question) if problem and seeks_alternatives else [],
+        problem=None,
+        alternatives=[],
     )
+    problem = _problem(plan)
+    if problem is None:
+        return plan
+    return replace(plan, problem=problem, alternatives=list(_alternatives(plan)) if seeks_alternatives else [])
 
 
-def check_mesh(setup: Setup) -> None:
-    """Raises `ConfigError` for widths that do not divide."""
-    model, mesh = setup.model, setup.mesh
-    heads = mesh.tensor * mesh.expert
-    if model.num_kv_heads % heads and heads % model.num_kv_heads:
-        raise ConfigError(
-            f"{heads} devices share the attention of a model with {model.num_kv_heads} kv heads: give a divisor or a multiple of "
-            f"{model.num_kv_heads} as --tensor-parallel-size"
-        )
-    if model.num_q_heads % heads:
-        raise ConfigError(f"--tensor-parallel-size {heads} does not divide the {model.num_q_heads} query heads")
-    if model.ffn_size % mesh.tensor:
-        raise ConfigError(f"--tensor-parallel-size {mesh.tensor} does not divide the experts' width of {model.ffn_size:,}")
-    if model.num_experts % mesh.expert:
-        raise ConfigError(f"expert parallelism over {mesh.expert} devices does not divide {model.num_experts} experts")
+def as_json(plan: Plan) -> dict[str, Any]:
+    """The plan as it travels to whoever draws it."""
+    return {**asdict(plan), "weight_bytes": plan.weight_bytes}
 
 
-def _problem(question: Question, weights: list[Weights], temporaries: dict[str, int], *, room: int, tokens: int) -> str | None:
-    need = sum(each.device_bytes for each in weights)
-    longest = question.setup.scheduler.max_model_len
-    if room <= 0:
-        buffers, usable = sum(temporaries.values()), question.device.memory_bytes * question.memory_share
+def _problem(plan: Plan) -> str | None:
+    setup, device = plan.question.setup, plan.question.device
+    each = "the memory" if device.is_host and device.num_sharing == 1 else "each device"
+    usable = _usable(plan)
+    if plan.cache_bytes <= 0:
         return (
-            f"the weights take {need / 1e9:,.1f} GB of each device and a step's own buffers up to {buffers / 1e9:,.1f} GB; "
-            f"{question.memory_share:.0%} of a {question.device.name} are {usable / 1e9:,.1f} GB"
+            f"the weights take {plan.weight_bytes / 1e9:,.1f} GB of {each} and a step's own buffers "
+            f"{'' if device.is_host else 'up to '}{sum(plan.temporaries.values()) / 1e9:,.1f} GB; {usable}"
         )
-    if tokens // question.setup.mesh.data < longest:
+    if plan.question.cache_bytes is not None:
+        cache_bytes = (plan.cache_blocks + 1) * plan.block_bytes
+        if cache_bytes <= plan.cache_bytes:
+            return None
         return (
-            f"the {room / 1e9:,.2f} GB that are left of each device hold {tokens // question.setup.mesh.data:,} tokens, "
-            f"one sequence of the longest context is {longest:,}"
+            f"the KV cache takes {cache_bytes / 1e9:,.2f} GB of {each}, where beside weights and buffers "
+            f"{plan.cache_bytes / 1e9:,.2f} GB are left; {usable}"
         )
+    tokens = plan.cache_blocks * setup.block_size
+    longest = setup.scheduler.max_model_len
+    if plan.cache_blocks < blocks_per_sequence(setup.scheduler, setup.block_size):
+        left = max(0, plan.cache_bytes) / 1e9
+        return f"the {left:,.2f} GB that are left of {each} hold {tokens:,} tokens, one sequence of the longest context is {longest:,}"
     return None
 
 
-def _alternatives(question: Question) -> list[Alternative]:
-    """Setups near the one asked for that fit: 4 bits, more devices, both, a shorter context."""
-    setup = question.setup
-    found: list[Alternative] = []
-    for weights in dict.fromkeys((setup.weights, "int4")):
-        num_devices = setup.mesh.tensor
-        while setup.mesh.data * num_devices * setup.mesh.expert <= MOST_DEVICES:
-            changed = replace(setup, weights=weights, mesh=replace(setup.mesh, tensor=num_devices))
-            if (plan := _fitting(question, changed)) is not None:
-                found.append(_alternative(plan, setup))
+def _usable(plan: Plan) -> str:
+    device, usable_gb = plan.question.device, f"{plan.usable_bytes / 1e9:,.1f} GB"
+    if not device.is_host:
+        share = plan.question.memory_share
+        return f"{share:.0%} of a {device.name} are {usable_gb}" if share < 1 else f"{usable_gb} of a {device.name} may be used"
+    has = f"the host has {device.memory_bytes / 1e9:,.1f} GB"
+    return has if device.num_sharing == 1 else f"{has}, {usable_gb} for each of {device.num_sharing} devices"
+
+
+def _alternatives(plan: Plan) -> Iterator[Alternative]:
+    """Setups near the one asked for that fit: a smaller cache, 4 bits, more devices, both, a cache of 8 bits, a shorter context."""
+    question = plan.question
+    setup, is_host = question.setup, question.device.is_host
+    unbounded = replace(question, cache_bytes=None)
+    if question.cache_bytes is not None and (found := _fitting(unbounded)) is not None:
+        yield _alternative(found, question, change=f"a smaller cache (--kv-cache-memory-bytes {found.largest_cache_bytes})")
+    for weights in ("int8", "int4") if is_host and setup.weights not in ("int8", "int4") else dict.fromkeys((setup.weights, "int4")):
+        for num_devices in [setup.shard_size] if is_host else _doubled(setup):
+            changed = _with(question, weights=weights, mesh=_widened(setup, num_devices))
+            if (found := _fitting(changed)) is not None:
+                yield _alternative(found, question)
                 break
-            num_devices *= 2
-    tokens = make_plan(question, seeks_alternatives=False).cache_tokens // setup.mesh.data
-    shorter = tokens // 256 * 256
-    if shorter:
-        changed = replace(setup, scheduler=replace(setup.scheduler, max_model_len=shorter))
-        if (plan := _fitting(question, changed)) is not None:
-            found.append(_alternative(plan, setup))
-    return found
+    if setup.kv not in ("int8", "fp8") and question.cache_bytes is None and (found := _fitting(_with(question, kv="int8"))) is not None:
+        yield _alternative(found, question)
+    largest = make_plan(unbounded, seeks_alternatives=False).cache_blocks * setup.block_size
+    shorter = largest // CONTEXT_STEP * CONTEXT_STEP
+    if 0 < shorter < setup.scheduler.max_model_len:
+        scheduler = replace(setup.scheduler, max_model_len=shorter)
+        if (found := _fitting(_with(unbounded, scheduler=scheduler))) is not None:
+            yield _alternative(found, question)
 
 
-def _fitting(question: Question, setup: Setup) -> Plan | None:
+def _doubled(setup: Setup) -> Iterator[int]:
+    num_devices = setup.shard_size
+    while setup.mesh.data * num_devices <= MOST_DEVICES:
+        yield num_devices
+        num_devices *= 2
+
+
+def _widened(setup: Setup, num_devices: int) -> MeshConfig:
+    return mesh_of(setup.model, num_devices=num_devices, data=setup.mesh.data, is_expert_parallel=setup.mesh.expert > 1)
+
+
+def _with(question: Question, **changes: object) -> Question:
+    return replace(question, setup=replace(question.setup, **changes))
+
+
+def _fitting(question: Question) -> Plan | None:
     try:
-        plan = make_plan(replace(question, setup=setup), seeks_alternatives=False)
+        plan = make_plan(question, seeks_alternatives=False)
     except ConfigError:
         return None
     return None if plan.problem else plan
 
 
-def _alternative(plan: Plan, asked: Setup) -> Alternative:
-    setup = plan.question.setup
-    changes: list[str] = []
-    if setup.num_devices != asked.num_devices:
-        changes.append(f"{setup.num_devices} devices (--tensor-parallel-size {setup.mesh.tensor})")
-    if setup.weights != asked.weights:
-        changes.append(f"{setup.weights} weights")
-    if setup.scheduler.max_model_len != asked.scheduler.max_model_len:
+def _alternative(plan: Plan, asked: Question, *, change: str = "") -> Alternative:
+    setup, before = plan.question.setup, asked.setup
+    changes = [change] if change else []
+    if setup.num_devices != before.num_devices:
+        changes.append(f"{setup.num_devices} devices (--tensor-parallel-size {setup.shard_size})")
+    if setup.weights != before.weights:
+        kept = " kept packed (--cpu-weights packed)" if plan.question.device.is_host else ""
+        changes.append(f"{setup.weights} weights{kept}")
+    if setup.kv != before.kv:
+        changes.append(f"a cache in {setup.kv} (--kv-cache-dtype {setup.kv})")
+    if setup.scheduler.max_model_len != before.scheduler.max_model_len:
         changes.append(f"a context of {setup.scheduler.max_model_len:,} tokens (--max-model-len {setup.scheduler.max_model_len})")
     return Alternative(
         change=", ".join(changes), num_devices=setup.num_devices, weight_bytes=plan.weight_bytes, cache_tokens=plan.cache_tokens
     )
-
-
-def mesh_of(*, num_devices: int, data: int, is_expert_parallel: bool) -> MeshConfig:
-    """The mesh that the flags mean: `num_devices` share each matrix, or hold whole experts."""
-    return MeshConfig(data=data, expert=num_devices) if is_expert_parallel else MeshConfig(data=data, tensor=num_devices)
-
-
-class Query(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """A `Question` as it travels."""
-
-    model: ModelConfig
-    device: str  # one of `footprint.DEVICES`
-    device_bytes: int | None = None  # where it has another memory than that one
-    num_devices: int = 1  # that share each matrix, or hold whole experts
-    data_parallel: int = 1
-    is_expert_parallel: bool = False
-    weights: WeightFormat = "int8"
-    kv: KVFormat | None = None  # None: as the activations
-    dtype: DType = "bfloat16"
-    scheduler: SchedulerConfig
-    memory_share: float = 0.9
-
-    def question(self) -> Question:
-        """Raises `ConfigError` for a device that nobody knows."""
-        device = DEVICES.get(self.device)
-        if device is None:
-            raise ConfigError(f"--device: {self.device} is none of {', '.join(DEVICES)}; take a near one and give its --device-memory")
-        if self.device_bytes is not None:
-            device = replace(device, memory_bytes=self.device_bytes)
-        return Question(
-            setup=Setup(
-                model=self.model,
-                mesh=mesh_of(num_devices=self.num_devices, data=self.data_parallel, is_expert_parallel=self.is_expert_parallel),
-                scheduler=self.scheduler,
-                weights=self.weights,
-                kv=self.kv or self.dtype,
-                dtype=self.dtype,
-            ),
-            device=device,
-            memory_share=self.memory_share,
-        )
-
-
-def main() -> int:
-    """Standard input to standard output; a question that makes no sense is an error object and status 2."""
-    try:
-        plan = make_plan(msgspec.json.decode(sys.stdin.buffer.read(), type=Query).question())
-    except (ConfigError, msgspec.DecodeError) as error:
-        print(json.dumps({"error": str(error)}))
-        return 2
-    print(json.dumps({**asdict(plan), "weight_bytes": plan.weight_bytes}))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

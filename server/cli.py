@@ -214,6 +214,10 @@ def _given(**fields: Any) -> dict[str, Any]:
 
 def _fail(error: EngineError) -> NoReturn:
     typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+    if (plan := getattr(error, "plan", None)) is not None:
+        from server.planning import show_refusal
+
+        show_refusal(plan)
     raise typer.Exit(getattr(error, "exit_status", 2))
 
 

@@ -1,7 +1,7 @@
-"""`grok-server plan`: whether a model fits a machine, as tables.
+"""`grok-server plan`: whether a model fits a machine, as tables. `serve` draws the same where the engine refuses for want of memory.
 
-The counting is done by `python -m engine.plan` in a process of its own, because it needs what the server must not import; it answers with
-one JSON object, which is drawn here or handed on as it is.
+The counting is done by `python -m engine.plan_query` in a process of its own, because it needs what the server must not import; it answers
+with one JSON object, which is drawn here or handed on as it is.
 """
 
 import json
@@ -24,7 +24,7 @@ from server.console import readable_bytes
 from server.engine_process import child_environment
 
 WIDTH_OF_FILES = 120  # of the tables, where they go to a file or a pipe
-COMMAND = (sys.executable, "-P", "-m", "engine.plan")
+COMMAND = (sys.executable, "-P", "-m", "engine.plan_query")
 WEIGHT_FORMATS = ("float32", "bfloat16", "int8", "int4")
 KV_FORMATS = ("float32", "bfloat16", "int8", "fp8")
 DOES_NOT_FIT = 1  # exit status
@@ -61,13 +61,13 @@ def show_plan(request: Request, machine: Machine, *, as_json: bool) -> int:
     if as_json:
         print(json.dumps(plan, indent=1))
     else:
-        terminal = Terminal(highlight=False, width=None if sys.stdout.isatty() else WIDTH_OF_FILES)
-        for part in _parts(name, plan):
-            if isinstance(part, str):
-                terminal.print(part, markup=False, soft_wrap=True)
-            else:
-                terminal.print(part, "")
+        _draw(Terminal(highlight=False, width=None if sys.stdout.isatty() else WIDTH_OF_FILES), _parts(name, plan))
     return DOES_NOT_FIT if plan["problem"] else 0
+
+
+def show_refusal(plan: str) -> None:
+    """Draw on stderr the plan, in JSON, for which an engine refused to start."""
+    _draw(Terminal(highlight=False, stderr=True, width=None if sys.stderr.isatty() else WIDTH_OF_FILES), _parts("", json.loads(plan)))
 
 
 def model_of(name: str) -> tuple[str, ModelConfig]:
@@ -127,17 +127,27 @@ def _bytes_of(text: str) -> int:
         raise ConfigError(f"--device-memory: expected a size like 48GiB, found {text!r}") from None
 
 
+def _draw(terminal: Terminal, parts: Iterable[str | Table]) -> None:
+    for part in parts:
+        if isinstance(part, str):
+            terminal.print(part, markup=False, soft_wrap=True)
+        else:
+            terminal.print(part, "")
+
+
 def _parts(name: str, plan: dict[str, Any]) -> Iterable[str | Table]:
     setup, device = plan["question"]["setup"], plan["question"]["device"]
-    mesh = setup["mesh"]
+    mesh, is_host = setup["mesh"], device["is_host"]
+    shape = f"data {mesh['data']}, expert {mesh['expert']}, tensor {mesh['tensor']}"
     num_devices = mesh["data"] * mesh["expert"] * mesh["tensor"]
     yield (
-        f"{name} on {num_devices} x {device['name']} (data {mesh['data']}, expert {mesh['expert']}, tensor {mesh['tensor']}), "
-        f"weights {setup['weights']}, KV cache {setup['kv']}; the released tensors are {plan['payload_bytes']:,} bytes"
+        f"{name or 'The model'} on {num_devices} x {device['name']} ({shape}), weights {setup['weights']}, KV cache {setup['kv']}; "
+        f"the released tensors are {plan['payload_bytes']:,} bytes"
     )
     yield _memory_table(plan)
     yield _capacity_table(plan)
-    yield _speed_table(plan)
+    if plan["speeds"]:
+        yield _speed_table(plan)
     if plan["problem"] is None:
         yield "It fits."
         return
@@ -145,7 +155,7 @@ def _parts(name: str, plan: dict[str, Any]) -> Iterable[str | Table]:
     if plan["alternatives"]:
         yield _alternatives_table(plan)
     else:
-        yield "Nothing near it fits either: neither 4-bit weights nor up to 16 devices."
+        yield "Nothing near it fits either: neither fewer bits nor a shorter context" + ("." if is_host else ", nor up to 16 devices.")
 
 
 def _memory_table(plan: dict[str, Any]) -> Table:
@@ -154,7 +164,8 @@ def _memory_table(plan: dict[str, Any]) -> Table:
         table.add_row(row["kind"], readable_bytes(row["device_bytes"]), f"{row['num_params']:,}", row["placed"], row["stored"])
     temporaries = plan["temporaries"]
     largest = ", ".join(f"{kind} {readable_bytes(size)}" for kind, size in sorted(temporaries.items(), key=lambda item: -item[1])[:3])
-    table.add_row("temporaries", readable_bytes(sum(temporaries.values())), "", "", f"upper bound: {largest}, ...")
+    bound = f"at least: {largest}" if plan["question"]["device"]["is_host"] else f"upper bound: {largest}, ..."
+    table.add_row("temporaries", readable_bytes(sum(temporaries.values())), "", "", bound)
     table.add_row(
         "left for the KV cache", readable_bytes(max(0, plan["cache_bytes"])), "", "", f"of {readable_bytes(plan['usable_bytes'])}"
     )

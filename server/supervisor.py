@@ -37,9 +37,10 @@ LOOKS_PER_TIMEOUT = 10  # at the engine
 class EngineStartError(EngineError):
     """There will be no engine: it said why it cannot start, or ended too often before it was ready."""
 
-    def __init__(self, message: str, *, exit_status: int) -> None:
+    def __init__(self, message: str, *, exit_status: int, plan: str | None = None) -> None:
         super().__init__(message)
         self.exit_status = exit_status  # what the server should end with
+        self.plan = plan  # for `show_refusal`, where memory is what is missing
 
 
 class Watcher(Protocol):
@@ -106,7 +107,7 @@ class Supervisor:
             if self._stopping.is_set():
                 return
             if self.client.failure is not None and self.client.info is None:
-                raise EngineStartError(self.client.failure, exit_status=2)
+                raise EngineStartError(self.client.failure.message, exit_status=2, plan=self.client.failure.plan)
             ready_s = 0.0 if self._ready_since_s is None else time.monotonic() - self._ready_since_s
             num_failed_starts = num_failed_starts + 1 if self._ready_since_s is None else 0
             is_quick = ready_s < STABLE_S and self.client.stats.num_steps == num_steps
@@ -201,7 +202,7 @@ class Supervisor:
         if self._stalled_s is not None:
             return f"made no progress for {self._stalled_s:g} s and was killed"
         if self.client.failure is not None:
-            return f"could not start ({self.client.failure})"
+            return f"could not start ({self.client.failure.message})"
         return f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
 
 

@@ -51,7 +51,7 @@ def test_memory_of_another_size_is_taken_for_the_devices_own():
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["-tp", "3"], "8 kv heads"),
+        (["-tp", "3"], "num_kv_heads 8"),
         (["--weights", "int5"], "--weights: expected one of float32, bfloat16, int8, int4"),
         (["--kv-cache-dtype", "int4"], "--kv-cache-dtype: expected one of"),
         (["--device", "abacus"], "none of a100-80, h100-80"),
@@ -67,3 +67,16 @@ def test_what_makes_no_sense_is_one_line_and_status_2(arguments: list[str], comp
     assert result.stdout == ""
     assert complaint in result.stderr
     assert len(result.stderr.splitlines()) == 1
+
+
+def test_serving_what_does_not_fit_is_refused_with_the_plan_before_anything_is_loaded():
+    command = [sys.executable, "-m", "server", "serve", str(TINY_A), "--port", "0", "--kv-cache-memory-bytes", "1PB"]
+
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, env=os.environ | {"COLUMNS": "100"}, check=False)
+
+    assert result.returncode == 2
+    first, *table = result.stderr.splitlines()
+    assert first.startswith("error: it does not fit: the KV cache takes 1,000,000.0")
+    assert "load" not in result.stdout
+    assert any(line.startswith("left for the KV cache") for line in table)
+    assert any(line.startswith("a smaller cache (--kv-cache-memory-bytes ") for line in table)

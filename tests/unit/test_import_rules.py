@@ -10,8 +10,22 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
-DEVICE_SIDE = {"footprint", "build", "compile_cache", "programs", "runner", "sampling", "sharding", "shapes", "model", "ops", "checkpoint"}
-NEITHER_SIDE = {"__main__", "plan"}  # programs of their own: they speak messages and JSON to the server
+DEVICE_SIDE = {
+    "footprint",
+    "plan",
+    "memory_check",
+    "build",
+    "compile_cache",
+    "programs",
+    "runner",
+    "sampling",
+    "sharding",
+    "shapes",
+    "model",
+    "ops",
+    "checkpoint",
+}
+NEITHER_SIDE = {"__main__", "plan_query"}  # programs of their own: they speak messages and JSON to the server
 ON_A_BARE_GPU_MACHINE = {"jax", "jaxlib", "numpy", "ml_dtypes"}
 ALLOWED_IN = {"engine.shapes": {"jaxtyping"}}  # only for the type checker and the tests
 

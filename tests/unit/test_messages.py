@@ -70,6 +70,7 @@ def test_what_the_server_says_arrives_as_it_was(message):
         Report(Progress(phase="load", done=1, total=9, unit="bytes", detail="tensor00001_000")),
         Ready(options_info(engine_options())),
         Failed("no weights"),
+        Failed("too little memory", plan="{}"),
         Refused("cmpl-1", "too long"),
         Queued(["cmpl-1", "cmpl-2"]),
         Begun(["cmpl-1"]),

@@ -1,0 +1,70 @@
+"""`python -m engine.plan_query`: a question about a machine on standard input, the plan on standard output, both JSON.
+
+`grok-server plan` runs it, because what it needs is what the server must not import. With `is_compiled` in the question it also compiles
+the programs for as many fake devices (`engine/compile_plan.py`).
+"""
+
+import json
+import sys
+from dataclasses import replace
+
+import msgspec
+
+from engine.config import DType, KVDType, ModelConfig, SchedulerConfig, mesh_of
+from engine.errors import ConfigError
+from engine.footprint import DEVICES, Setup, WeightFormat
+from engine.plan import Question, as_json, make_plan
+
+
+class Query(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """A `Question` as it travels."""
+
+    model: ModelConfig
+    device: str  # one of `footprint.DEVICES`
+    device_bytes: int | None = None  # where it has another memory than that one
+    num_devices: int = 1  # that share each matrix, or hold whole experts
+    data_parallel: int = 1
+    is_expert_parallel: bool = False
+    weights: WeightFormat = "int8"
+    kv: KVDType | None = None  # None: as the activations
+    dtype: DType = "bfloat16"
+    scheduler: SchedulerConfig
+    block_size: int = 16
+    memory_share: float = 0.9
+
+    def question(self) -> Question:
+        """Raises `ConfigError` for a device that nobody knows."""
+        device = DEVICES.get(self.device)
+        if device is None:
+            raise ConfigError(f"--device: {self.device} is none of {', '.join(DEVICES)}; take a near one and give its --device-memory")
+        if self.device_bytes is not None:
+            device = replace(device, memory_bytes=self.device_bytes)
+        mesh = mesh_of(self.model, num_devices=self.num_devices, data=self.data_parallel, is_expert_parallel=self.is_expert_parallel)
+        return Question(
+            setup=Setup(
+                model=self.model,
+                mesh=mesh,
+                scheduler=self.scheduler,
+                weights=self.weights,
+                kv=self.kv or self.dtype,
+                dtype=self.dtype,
+                block_size=self.block_size,
+            ),
+            device=device,
+            memory_share=self.memory_share,
+        )
+
+
+def main() -> int:
+    """Standard input to standard output; a question that makes no sense is an error object and status 2."""
+    try:
+        plan = make_plan(msgspec.json.decode(sys.stdin.buffer.read(), type=Query).question())
+    except (ConfigError, msgspec.DecodeError) as error:
+        print(json.dumps({"error": str(error)}))
+        return 2
+    print(json.dumps(as_json(plan)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
