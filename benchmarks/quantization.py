@@ -40,7 +40,7 @@ from engine.programs import step_layouts
 from engine.runner import empty_state
 from engine.scheduler import Schedule, ScheduledTokens
 from engine.sequence import Sequence
-from engine.sharding import make_mesh
+from engine.sharding import make_meshes
 from engine.tokenizer import Tokenizer, find_tokenizer
 from engine.types import GenerationRequest, SamplingParams
 from server.settings import default_model_dir
@@ -189,7 +189,7 @@ def logits_of_documents(model_dir: Path, form: Form, documents: list[Document]) 
         cache=CacheConfig(block_size=BLOCK_SIZE, num_blocks=WINDOW // BLOCK_SIZE),
         scheduler=SchedulerConfig(max_num_seqs=1, max_num_batched_tokens=WINDOW, max_model_len=WINDOW),
     )
-    mesh = make_mesh(config.mesh, model)
+    mesh = make_meshes(config.mesh, model)[0]
     checkpoint = open_checkpoint(model_dir, model)
     params = load_params(checkpoint, model, dtype=form.dtype, mesh=mesh, keep_int8=form.is_packed, report=lambda _: None)
     (layout,) = step_layouts(config)[-1:]

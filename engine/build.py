@@ -22,7 +22,7 @@ from engine.core import EngineCore
 from engine.model.params import Params, each_spec, param_specs
 from engine.programs import Programs
 from engine.runner import ModelRunner
-from engine.sharding import make_mesh
+from engine.sharding import make_meshes
 from engine.types import EngineInfo, Progress
 
 
@@ -39,7 +39,7 @@ def build_engine(
     refused.
     """
     use_compile_cache(config.compile_cache_dir)
-    mesh = make_mesh(config.mesh, config.model)
+    (mesh,) = make_meshes(config.mesh, config.model)
     start = time.monotonic()
     checkpoint = open_checkpoint(Path(config.model_dir), config.model)
     shapes = _param_shapes(checkpoint, config, mesh)
@@ -78,7 +78,7 @@ def build_engine(
 def compile_ahead(config: EngineConfig) -> Programs:
     """The programs of an engine that may be built later. Raises as `build_engine` does."""
     use_compile_cache(config.compile_cache_dir)
-    mesh = make_mesh(config.mesh, config.model)
+    (mesh,) = make_meshes(config.mesh, config.model)
     checkpoint = open_checkpoint(Path(config.model_dir), config.model)
     programs = Programs(config, _param_shapes(checkpoint, config, mesh), mesh)
     _compile(programs, config, lambda progress: None)  # noqa: ARG005

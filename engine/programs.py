@@ -39,7 +39,7 @@ from engine.sampling import (
     write_masks,
     write_slot,
 )
-from engine.sharding import replicated, sharding_of
+from engine.sharding import num_cached_heads, on_mesh, replicated, sharding_of
 from engine.types import Progress
 
 SLOT_WRITE_LEN = 256  # tokens of a slot entered per call
@@ -103,7 +103,7 @@ def step_layouts(config: EngineConfig) -> tuple[StepLayout, ...]:
 def state_shapes(config: EngineConfig, mesh: Mesh) -> DeviceState:
     """Shapes, types and places of the device state; the cache has one block more than the pool, the scratch block."""
     model = config.model
-    shape = (config.cache.num_blocks + 1, config.cache.block_size, model.num_kv_heads, model.key_size)
+    shape = (config.cache.num_blocks + 1, config.cache.block_size, num_cached_heads(model, mesh.size), model.key_size)
     block = jax.ShapeDtypeStruct(shape, jnp.dtype(config.dtype), sharding=sharding_of(mesh, (None, None, "kv_heads", None)))
     slots = jax.eval_shape(lambda: empty_slots(config.scheduler.max_num_seqs, model.vocab_size))
     return DeviceState(
@@ -115,6 +115,11 @@ def state_shapes(config: EngineConfig, mesh: Mesh) -> DeviceState:
 def shapes_of(arrays: Any) -> Any:
     """The same tree with the shape, type and place of every array."""
     return jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding), arrays)
+
+
+def shardings_of(shapes: Any) -> Any:
+    """The same tree with the place of every array."""
+    return jax.tree.map(lambda field: field.sharding, shapes)
 
 
 class Programs:
@@ -149,7 +154,7 @@ class Programs:
         jobs: dict[Future[bool], str] = {}
         with ThreadPoolExecutor() as threads:
             for layout in self.layouts:
-                jobs[threads.submit(_is_cache_hit, partial(self._compile_greedy, layout))] = f"step of {layout.num_tokens} tokens, greedy"
+                jobs[threads.submit(_is_cache_hit, partial(self.compile_greedy, layout))] = f"step of {layout.num_tokens} tokens, greedy"
                 for kind in (StepKind.SAMPLE, StepKind.SCORE):
                     job = threads.submit(_is_cache_hit, partial(self._compile_forward, layout, kind))
                     jobs[job] = f"step of {layout.num_tokens} tokens, {kind.name.lower()}"
@@ -163,25 +168,24 @@ class Programs:
                 report(Progress(phase="compile", done=done, total=len(jobs), unit="programs", detail=detail))
         self.num_compiled = len(jobs)
 
-    def _compile_greedy(self, layout: StepLayout) -> None:
+    def compile_greedy(self, layout: StepLayout) -> None:
+        """Enter one of `greedy_steps`."""
+
         def step(params: Params, state: DeviceState, packed: Any) -> tuple[DeviceState, StepOutput]:
             return run_greedy(params, state, packed, layout=layout, config=self._config)
 
-        shardings = jax.tree.map(lambda field: field.sharding, self._state)
-        jitted = jax.jit(step, donate_argnums=1, out_shardings=(shardings, replicated(self._mesh)))
-        with self._lowering:
-            lowered = jitted.lower(self._params, self._state, self._packed(layout))
-        self.greedy_steps[layout] = lowered.compile()
+        state, each = shardings_of(self._state), replicated(self._mesh)
+        results = (state, StepOutput(each, each, None, None))
+        self.greedy_steps[layout] = self._compiled(step, self._params, self._state, self._packed(layout), results=results)
 
     def _compile_forward(self, layout: StepLayout, kind: StepKind) -> None:
         def forward(params: Params, cache: KVCache, slots: SlotState, packed: Any) -> tuple[KVCache, Forwarded]:
             return run_forward(params, cache, slots, packed, layout=layout, kind=kind, config=self._config)
 
-        shardings = jax.tree.map(lambda field: field.sharding, self._state.cache)
-        jitted = jax.jit(forward, donate_argnums=1, out_shardings=(shardings, replicated(self._mesh)))
-        with self._lowering:
-            lowered = jitted.lower(self._params, self._state.cache, self._state.slots, self._packed(layout))
-        self.forwards[layout, kind] = lowered.compile()
+        cache, each = shardings_of(self._state.cache), replicated(self._mesh)
+        results = (cache, Forwarded(each, Logprobs(each, each, each) if kind is StepKind.SCORE else None))
+        arguments = (self._params, self._state.cache, self._state.slots, self._packed(layout))
+        self.forwards[layout, kind] = self._compiled(forward, *arguments, results=results)
 
     def _compile_choice(self, layout: StepLayout) -> None:
         def choose(params: Params, slots: SlotState, rows: Any, packed: Any, is_dropped: Any) -> tuple[SlotState, Chosen]:
@@ -189,10 +193,16 @@ class Programs:
 
         rows = self._shaped((num_padded_rows(layout.num_seqs), self._config.model.emb_size), self._params.embedding.dtype)
         is_dropped = self._shaped((layout.num_seqs,), bool)
-        jitted = jax.jit(choose, donate_argnums=1, out_shardings=replicated(self._mesh))
+        slots, each = shardings_of(self._state.slots), replicated(self._mesh)
+        arguments = (self._params, self._state.slots, rows, self._packed(layout), is_dropped)
+        self.choices[layout] = self._compiled(choose, *arguments, results=(slots, Chosen(each, each, Logprobs(each, each, each))))
+
+    def _compiled(self, function: Callable[..., Any], *arguments: Any, results: Any) -> Callable[..., Any]:
+        """`function` on all devices; its second argument is donated, and becomes the first result."""
+        jitted = jax.jit(on_mesh(function, self._mesh, arguments=arguments, results=results), donate_argnums=1, out_shardings=results)
         with self._lowering:
-            lowered = jitted.lower(self._params, self._state.slots, rows, self._packed(layout), is_dropped)
-        self.choices[layout] = lowered.compile()
+            lowered = jitted.lower(*arguments)
+        return lowered.compile()
 
     def _packed(self, layout: StepLayout) -> jax.ShapeDtypeStruct:
         return self._shaped((layout.packed_len,), jnp.int32)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from engine.batch import TILE, Batch, StepKind
 from engine.config import EngineConfig
 from engine.model.params import Params
-from engine.programs import ENTRY_TYPES, SLOT_WRITE_LEN, DeviceState, Programs, StepOutput, state_shapes
+from engine.programs import ENTRY_TYPES, SLOT_WRITE_LEN, DeviceState, Programs, StepOutput, shardings_of, state_shapes
 from engine.sampling import SlotEntries
 from engine.types import SamplingParams
 
@@ -28,8 +28,7 @@ from engine.types import SamplingParams
 def empty_state(config: EngineConfig, mesh: Mesh) -> DeviceState:
     """A cache of zeros and slots that nobody took yet, each made where it lives."""
     shapes = state_shapes(config, mesh)
-    shardings = jax.tree.map(lambda field: field.sharding, shapes)
-    return jax.jit(lambda: jax.tree.map(lambda field: jnp.zeros(field.shape, field.dtype), shapes), out_shardings=shardings)()
+    return jax.jit(lambda: jax.tree.map(lambda field: jnp.zeros(field.shape, field.dtype), shapes), out_shardings=shardings_of(shapes))()
 
 
 class Launched(NamedTuple):

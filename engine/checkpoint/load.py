@@ -7,6 +7,7 @@ stay as they are beside their scales.
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from math import lcm, prod
 from typing import Any, cast
 
@@ -22,7 +23,7 @@ from engine.config import DType, ModelConfig
 from engine.errors import CheckpointError
 from engine.model.params import Params, ParamSpec, dtype_of, map_specs, param_specs
 from engine.model.quantized import PackedInt4Array, QuantizedArray
-from engine.sharding import sharding_of
+from engine.sharding import num_cached_heads, sharding_of
 from engine.types import Progress
 
 FILES_AT_ONCE = 2
@@ -45,7 +46,7 @@ def load_params(
     def load(spec: ParamSpec) -> Any:
         nonlocal done
         tensor = checkpoint.tensors[spec.name]
-        array = _place(tensor, spec, dtype=dtype, mesh=mesh, keep_int8=keep_int8, put=_put_array)
+        array = _place(tensor, spec, config, dtype=dtype, mesh=mesh, keep_int8=keep_int8, put=_put_array)
         jax.block_until_ready(array)
         with lock:
             done += tensor.num_bytes
@@ -61,15 +62,20 @@ def param_shapes(checkpoint: Checkpoint, config: ModelConfig, *, dtype: DType, m
     """What `load_params` returns, with a `ShapeDtypeStruct` in place of every array."""
 
     def shape_of(spec: ParamSpec) -> Any:
-        return _place(checkpoint.tensors[spec.name], spec, dtype=dtype, mesh=mesh, keep_int8=keep_int8, put=_put_shape)
+        return _place(checkpoint.tensors[spec.name], spec, config, dtype=dtype, mesh=mesh, keep_int8=keep_int8, put=_put_shape)
 
     return map_specs(shape_of, param_specs(config))
 
 
-def _place(tensor: HostTensor, spec: ParamSpec, *, dtype: DType, mesh: Mesh, keep_int8: bool, put: Put) -> Any:
+def _place(tensor: HostTensor, spec: ParamSpec, config: ModelConfig, *, dtype: DType, mesh: Mesh, keep_int8: bool, put: Put) -> Any:
     """One tensor on its devices. The file is mapped once, and only the slices that devices ask for are read."""
     weight, scales, target = tensor.weight, tensor.scales, dtype_of(spec, dtype)
     sharding = sharding_of(mesh, spec.axes)
+    if "kv_heads" in spec.axes and mesh.size > config.num_kv_heads:
+        copies = num_cached_heads(config, mesh.size) // config.num_kv_heads
+        weight = _CopiedHeads(weight, config.key_size, copies)
+        scales = None if scales is None else _CopiedHeads(scales, config.key_size, copies)
+        spec = replace(spec, shape=weight.shape)
     if scales is None or not keep_int8:
         return put(spec.shape, target, sharding, lambda index: read_slice(tensor.form, weight, scales, index, target))
     groups, is_split = _device_groups(tensor, scales, num_parts=_num_parts(sharding))
@@ -84,6 +90,34 @@ def _place(tensor: HostTensor, spec: ParamSpec, *, dtype: DType, mesh: Mesh, kee
             lambda index: _repeated_slice(scales, index, repeats=repeats),
         ),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _CopiedHeads:
+    """A matrix whose columns are heads, with every head there several times in a row, one for each device that holds it."""
+
+    array: HostArray  # [k, heads * width]
+    width: int
+    copies: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        rows, columns = self.array.shape
+        return rows, columns * self.copies
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.array.dtype
+
+    def __getitem__(self, index: Any, /) -> NDArray[Any]:
+        """`index` is two slices, of which the second is one head or all."""
+        rows, columns = index
+        start, stop, _ = columns.indices(self.shape[1])
+        heads = (
+            self.array[rows, first : first + self.width]
+            for first in (head // self.copies * self.width for head in range(start // self.width, stop // self.width))
+        )
+        return np.concatenate(list(heads), axis=1)
 
 
 def _num_parts(sharding: NamedSharding) -> int:

@@ -2,6 +2,9 @@
 
 Layers are functions over their weights. The residual stream is carried in the compute dtype; norms, router, softmax, expert activations and
 logits are float32. Four norms a layer: the second and the fourth act on the branch, before it is added.
+
+Everything here runs on each device of a replica (`engine/sharding.py`, `on_mesh`), with that device's share of weights and cache; the
+residual stream is whole on all of them.
 """
 
 from dataclasses import dataclass
@@ -21,6 +24,7 @@ from engine.ops.norm import rms_norm
 from engine.ops.rope import rotate
 from engine.ops.tiles import map_rows
 from engine.shapes import Array, Float, Float32, Int32
+from engine.sharding import concatenate_over_devices, first_own, sum_over_devices
 
 
 @jax.tree_util.register_dataclass
@@ -38,7 +42,7 @@ KVCache = tuple[LayerCache, ...]
 def forward(params: Params, cache: KVCache, step: StepInput, config: ModelConfig) -> tuple[Float[Array, "t d"], KVCache]:
     """Hidden states of the step's tokens after the last layer, before the final norm, and the cache with their keys and values."""
     with jax.named_scope("embed"):
-        x = params.embedding[step.token_ids] * jnp.asarray(config.embedding_multiplier_scale, params.embedding.dtype)
+        x = embed(params.embedding, step.token_ids) * jnp.asarray(config.embedding_multiplier_scale, params.embedding.dtype)
     layers: list[LayerCache] = []
     for layer, layer_cache in zip(params.layers, cache, strict=True):
         x, layer_cache = decoder_layer(layer, layer_cache, x, step, config)
@@ -46,11 +50,19 @@ def forward(params: Params, cache: KVCache, step: StepInput, config: ModelConfig
     return x, tuple(layers)
 
 
+def embed(embedding: Float[Array, "v d"], token_ids: Int32[Array, "t"]) -> Float[Array, "t d"]:
+    """The rows of the tokens; each is on one device, the others add zeros."""
+    places = token_ids - first_own("vocab", embedding.shape[0])
+    is_own = (places >= 0) & (places < embedding.shape[0])
+    rows = embedding[jnp.where(is_own, places, 0)]
+    return sum_over_devices(jnp.where(is_own[:, None], rows, jnp.zeros_like(rows)))
+
+
 @partial(jax.jit, static_argnames="config")  # traced once for all layers and kinds of step; XLA inlines it
 def decoder_layer(
     params: LayerParams, cache: LayerCache, x: Float[Array, "t d"], step: StepInput, config: ModelConfig
 ) -> tuple[Float[Array, "t d"], LayerCache]:
-    """One layer: attention branch, then expert branch."""
+    """One layer: attention branch, then expert branch, each a sum of what the devices make of their heads and their part of the experts."""
     num_tokens = step.counts[0]
 
     def project(x: Float[Array, "rows d"], positions: Int32[Array, "rows"]) -> tuple[Array, Array, Array]:
@@ -61,9 +73,8 @@ def decoder_layer(
         )
         return rotate(q, positions, config.rope_base), rotate(k, positions, config.rope_base), v
 
-    def close_attention(x: Float[Array, "rows d"], heads: Float[Array, "rows q"]) -> tuple[Array, Array, Array, Array]:
-        branch = linear(heads, params.attention_out).astype(x.dtype)
-        x = x + rms_norm(branch, params.post_attention_norm, config.rms_norm_eps)
+    def close_attention(x: Float[Array, "rows d"], branch: Float32[Array, "rows d"]) -> tuple[Array, Array, Array, Array]:
+        x = x + rms_norm(branch.astype(x.dtype), params.post_attention_norm, config.rms_norm_eps)
         a = rms_norm(x, params.pre_moe_norm, config.rms_norm_eps)
         probs = jax.nn.softmax(linear(a.astype(jnp.float32), params.router), axis=-1)
         return x, a, *route(probs, config.num_selected_experts)
@@ -75,10 +86,12 @@ def decoder_layer(
         q, k, v = map_rows(project, num_tokens, x, step.positions)
         cache = LayerCache(write_cache(cache.keys, k, step.cache_slots), write_cache(cache.values, v, step.cache_slots))
         heads = paged_attention(q, cache.keys, cache.values, step, multiplier=config.attn_output_multiplier, cap=config.attn_logit_cap)
+        branch = sum_over_devices(map_rows(lambda heads: linear(heads, params.attention_out), num_tokens, heads))
     with jax.named_scope("moe"):
-        x, a, weights, chosen = map_rows(close_attention, num_tokens, x, heads)
+        x, a, weights, chosen = map_rows(close_attention, num_tokens, x, branch)
         experts = Experts(params.experts_gate, params.experts_up, params.experts_down)
-        branch = mixture(a, weights, chosen, experts, num_tokens)
+        own = chosen - first_own("expert", experts.gate.shape[0])
+        branch = sum_over_devices(mixture(a, weights, own, experts, num_tokens))
         return map_rows(close_moe, num_tokens, x, branch), cache
 
 
@@ -86,4 +99,4 @@ def logits_of(params: Params, x: Float[Array, "rows d"], config: ModelConfig) ->
     """Final norm, tied head, and the head's own multiplier, in float32."""
     h = rms_norm(x, params.final_norm, config.rms_norm_eps)
     product = jnp.matmul(h, params.embedding.T, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
-    return product * config.output_multiplier_scale
+    return concatenate_over_devices(product * config.output_multiplier_scale)

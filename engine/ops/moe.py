@@ -36,7 +36,10 @@ def mixture(
     experts: Experts,
     num_tokens: Int32[Array, ""],
 ) -> Float32[Array, "t d"]:
-    """Sum over each token's chosen experts of weight times expert output, in the order of the choices."""
+    """Sum over each token's chosen experts of weight times expert output, in the order of the choices.
+
+    `chosen` counts from the first expert in `experts`; choices of others, before or behind these, add nothing.
+    """
     by_choice = _sorted(x, chosen, experts, num_tokens) if tiles.loops_over_tiles() else _dense(x, chosen, experts)
     total = jnp.zeros(by_choice.shape[::2], jnp.float32)
     for choice in range(chosen.shape[1]):
@@ -54,9 +57,10 @@ def feed_forward(x: Float[Array, "rows d"], experts: Experts, expert: int) -> Fl
 def _sorted(x: Float[Array, "t d"], chosen: Int32[Array, "t k"], experts: Experts, num_tokens: Int32[Array, ""]) -> Float32[Array, "t k d"]:
     num_rows, num_selected = chosen.shape
     num_experts, num_pairs = experts.gate.shape[0], num_rows * num_selected
+    flat = chosen.reshape(-1)
     is_real = jnp.arange(num_pairs, dtype=jnp.int32) // num_selected < num_tokens
-    flat = jnp.where(is_real, chosen.reshape(-1), num_experts)
-    order = jnp.argsort(flat, stable=True).astype(jnp.int32)  # pairs of expert 0 first, padding last
+    flat = jnp.where(is_real & (flat >= 0) & (flat < num_experts), flat, num_experts)
+    order = jnp.argsort(flat, stable=True).astype(jnp.int32)  # pairs of expert 0 first, padding and others' last
     counts = jnp.sum(flat[None] == jnp.arange(num_experts, dtype=jnp.int32)[:, None], axis=1, dtype=jnp.int32)
     starts = jnp.cumsum(counts) - counts
     padded_order = jnp.pad(order, (0, TILE))

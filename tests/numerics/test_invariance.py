@@ -26,7 +26,7 @@ from engine.grammar import GrammarMatcher, GrammarTokenizer
 from engine.model.params import random_params
 from engine.programs import DeviceState, Programs, shapes_of
 from engine.runner import ModelRunner
-from engine.sharding import make_mesh
+from engine.sharding import make_meshes
 from engine.types import EngineInfo, FinishReason, GenerationRequest, SamplingParams
 
 pytestmark = pytest.mark.timeout(400)  # two dozen seconds of compiling, on whatever a busy machine leaves
@@ -72,7 +72,7 @@ def harness() -> ForwardHarness:
 
 @pytest.fixture(scope="module")
 def runner() -> ModelRunner:
-    params, mesh = random_params(MODEL, seed=3, dtype="float32"), make_mesh(CONFIG.mesh, MODEL)
+    params, mesh = random_params(MODEL, seed=3, dtype="float32"), make_meshes(CONFIG.mesh, MODEL)[0]
     programs = Programs(CONFIG, shapes_of(params), mesh)
     programs.compile(no_report)
     return ModelRunner(CONFIG, params, mesh, programs)

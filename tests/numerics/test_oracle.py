@@ -18,7 +18,7 @@ from engine.checkpoint.load import load_params
 from engine.config import DType, read_model_config
 from engine.model.quantized import QuantizedArray, dequantize
 from engine.programs import step_layouts
-from engine.sharding import make_mesh
+from engine.sharding import make_meshes
 from engine.types import FinishReason, GenerationRequest, SamplingParams
 
 pytestmark = pytest.mark.timeout(400)  # two dozen seconds of compiling, on whatever a busy machine leaves
@@ -37,7 +37,7 @@ def harness(dtype: DType, *, keep_int8: bool = False) -> ForwardHarness:
         open_checkpoint(TINY_A, MODEL),
         MODEL,
         dtype=dtype,
-        mesh=make_mesh(config.mesh, MODEL),
+        mesh=make_meshes(config.mesh, MODEL)[0],
         keep_int8=keep_int8,
         report=no_report,
     )

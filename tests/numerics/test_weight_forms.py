@@ -23,7 +23,7 @@ from engine.footprint import Setup, device_bytes
 from engine.model.params import Params, param_specs
 from engine.model.quantized import PackedInt4Array, dequantize
 from engine.ops.linear import linear
-from engine.sharding import MESH_AXES, make_mesh
+from engine.sharding import MESH_AXES, make_meshes
 
 pytestmark = pytest.mark.timeout(400)  # sharded programs compile slowly
 
@@ -48,7 +48,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def load(model_dir: Path, *, mesh: MeshConfig = MeshConfig(), dtype: DType = "float32", keep_int8: bool = False) -> Params:
     model = read_model_config(model_dir)
-    return load_params(opened(model_dir), model, dtype=dtype, mesh=make_mesh(mesh, model), keep_int8=keep_int8, report=no_report)
+    return load_params(opened(model_dir), model, dtype=dtype, mesh=make_meshes(mesh, model)[0], keep_int8=keep_int8, report=no_report)
 
 
 def logits(params: Params, *, mesh: MeshConfig = MeshConfig(), dtype: DType = "float32") -> NDArray[np.float32]:
@@ -167,7 +167,7 @@ def test_a_hugging_face_layout_is_split_over_devices_as_the_release_is(models: P
 def test_a_product_over_devices_needs_one_all_reduce_by_rows_and_nothing_by_columns(models: Path, form: str):
     mesh = MeshConfig(tensor=8)
     layer = load(models / form, mesh=mesh, keep_int8=True).layers[0]
-    devices = make_mesh(mesh, MODEL)
+    devices = make_meshes(mesh, MODEL)[0]
 
     def collectives(matrix: Any, x_axes: PartitionSpec, axes: PartitionSpec) -> list[str]:
         x = jax.ShapeDtypeStruct((4, matrix.shape[0]), np.float32, sharding=NamedSharding(devices, x_axes))
@@ -197,7 +197,7 @@ def test_tiny_a_in_a_hugging_face_layout_gives_its_logits_with_weights_rounded_t
 def test_devices_that_cannot_share_the_bytes_are_refused(tmp_path: Path):
     config = replace(MODEL, ffn_size=64)
     converted(write_released(tmp_path / "released", config=config), tmp_path / "int4", "int4")
-    mesh: Any = AbstractMesh((1, 1, 64), MESH_AXES)
+    mesh: Any = AbstractMesh((1, 64), MESH_AXES)
 
     with pytest.raises(CheckpointError, match=r"the 64 rows of .*moe/linear_1, int4 in 1 groups, cannot be shared by 64 devices"):
         param_shapes(opened(tmp_path / "int4"), config, dtype="float32", mesh=mesh, keep_int8=True)

@@ -17,11 +17,11 @@ from engine.core import EngineCore
 from engine.model.params import Params
 from engine.model.transformer import forward, logits_of
 from engine.ops.tiles import map_rows
-from engine.programs import step_layouts
+from engine.programs import shardings_of, state_shapes, step_layouts
 from engine.runner import empty_state
 from engine.scheduler import Schedule, ScheduledTokens
 from engine.sequence import Sequence
-from engine.sharding import make_mesh
+from engine.sharding import make_meshes, on_mesh, replicated
 from engine.types import FinishReason, GenerationRequest, Progress, SamplingParams, TokenDelta, TokenLogprob
 
 
@@ -117,7 +117,7 @@ class ForwardHarness:
     def __init__(self, config: EngineConfig, params: Params, *, layouts: tuple[StepLayout, ...] | None = None):
         self.config = config
         self.params = params
-        self.mesh = make_mesh(config.mesh, config.model)
+        (self.mesh,) = make_meshes(config.mesh, config.model)
         self.batcher = Batcher(
             layouts or step_layouts(config),
             block_size=config.cache.block_size,
@@ -157,4 +157,6 @@ class ForwardHarness:
             hidden, cache = forward(params, cache, fields, self.config.model)
             return map_rows(lambda x: logits_of(params, x, self.config.model), fields.counts[0], hidden), cache
 
-        return step
+        cache, each = state_shapes(self.config, self.mesh).cache, replicated(self.mesh)
+        packed = jax.ShapeDtypeStruct((layout.packed_len,), jnp.int32, sharding=each)
+        return on_mesh(step, self.mesh, arguments=(self.params, cache, packed), results=(each, shardings_of(cache)))
