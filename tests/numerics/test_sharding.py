@@ -156,6 +156,16 @@ def test_twelve_layers_give_the_logits_and_the_choices_of_one_device(
     assert (logits.argmax(axis=-1) == on_one_device.argmax(axis=-1)).all()
 
 
+@pytest.mark.parametrize("mesh", [MeshConfig(tensor=4), MeshConfig(expert=4)], ids=["widths", "experts"])
+def test_on_several_devices_too_the_bits_do_not_depend_on_the_company(model_dir: Path, mesh: MeshConfig):
+    harness = ForwardHarness(config_on(mesh, model_dir), load(mesh, model_dir))
+    (alone,) = harness.run([(PROMPTS[0], [16, 16, 5])])
+
+    together, _ = harness.run([(PROMPTS[0], [11, 1, 15, 9, 1]), (PROMPTS[1], [5])])
+
+    np.testing.assert_array_equal(together, alone)
+
+
 @pytest.mark.parametrize("tensor", [2, 4], ids=["a kv head each", "two devices for a kv head"])
 @pytest.mark.parametrize("keep_int8", [False, True], ids=["float32", "int8"])
 def test_the_released_model_in_small_gives_its_logits_on_several_devices(tensor: int, *, keep_int8: bool):
