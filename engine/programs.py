@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 
 from engine.batch import TILE, StepInput, StepKind, StepLayout
 from engine.config import EngineConfig
+from engine.model.cache import KVCache, cache_shapes
 from engine.model.params import Params
-from engine.model.transformer import KVCache, LayerCache, forward, logits_of
+from engine.model.transformer import forward, logits_of
 from engine.ops import tiles
 from engine.ops.tiles import map_rows, map_slices
 from engine.sampling import (
@@ -103,11 +104,9 @@ def step_layouts(config: EngineConfig) -> tuple[StepLayout, ...]:
 def state_shapes(config: EngineConfig, mesh: Mesh) -> DeviceState:
     """Shapes, types and places of the device state; the cache has one block more than the pool, the scratch block."""
     model = config.model
-    shape = (config.cache.num_blocks + 1, config.cache.block_size, num_cached_heads(model, mesh.size), model.key_size)
-    block = jax.ShapeDtypeStruct(shape, jnp.dtype(config.dtype), sharding=sharding_of(mesh, (None, None, "kv_heads", None)))
     slots = jax.eval_shape(lambda: empty_slots(config.scheduler.max_num_seqs, model.vocab_size))
     return DeviceState(
-        cache=tuple(LayerCache(block, block) for _ in range(model.num_layers)),
+        cache=cache_shapes(config, num_heads=num_cached_heads(model, mesh.size), place=partial(sharding_of, mesh)),
         slots=jax.tree.map(lambda field: jax.ShapeDtypeStruct(field.shape, field.dtype, sharding=replicated(mesh)), slots),
     )
 

@@ -7,17 +7,16 @@ Everything here runs on each device of a replica (`engine/sharding.py`, `on_mesh
 residual stream is whole on all of them.
 """
 
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from engine.batch import StepInput
 from engine.config import ModelConfig
+from engine.model.cache import KVCache, LayerCache, write_cache
 from engine.model.params import LayerParams, Params
-from engine.ops.attention import paged_attention, write_cache
+from engine.ops.attention import paged_attention
 from engine.ops.linear import linear
 from engine.ops.moe import Experts, mixture, route
 from engine.ops.norm import rms_norm
@@ -25,18 +24,6 @@ from engine.ops.rope import rotate
 from engine.ops.tiles import map_rows
 from engine.shapes import Array, Float, Float32, Int32
 from engine.sharding import concatenate_over_devices, first_own, sum_over_devices
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, slots=True)
-class LayerCache:
-    """Keys (already rotated) and values of one layer: [blocks + scratch, block size, kv heads, head width]."""
-
-    keys: Any
-    values: Any
-
-
-KVCache = tuple[LayerCache, ...]
 
 
 def forward(params: Params, cache: KVCache, step: StepInput, config: ModelConfig) -> tuple[Float[Array, "t d"], KVCache]:
@@ -85,7 +72,7 @@ def decoder_layer(
     with jax.named_scope("attention"):
         q, k, v = map_rows(project, num_tokens, x, step.positions)
         cache = LayerCache(write_cache(cache.keys, k, step.cache_slots), write_cache(cache.values, v, step.cache_slots))
-        heads = paged_attention(q, cache.keys, cache.values, step, multiplier=config.attn_output_multiplier, cap=config.attn_logit_cap)
+        heads = paged_attention(q, cache, step, multiplier=config.attn_output_multiplier, cap=config.attn_logit_cap)
         branch = sum_over_devices(map_rows(lambda heads: linear(heads, params.attention_out), num_tokens, heads))
     with jax.named_scope("moe"):
         x, a, weights, chosen = map_rows(close_attention, num_tokens, x, branch)

@@ -1,32 +1,26 @@
-"""Paged attention with Grok-1's score cap, and the writing of the cache it reads.
+"""Paged attention with Grok-1's score cap.
 
 One query tile (up to `TILE` tokens of one sequence) at a time walks over that sequence's blocks in key tiles of a fixed size, with an
 online softmax (arXiv:1805.02867). The walk ends at the tile's own context, so only blocks that exist are read, and the order of additions
-over the keys depends on nothing else: not on the batch, not on how a prompt was cut into chunks.
+over the keys depends on nothing else: not on the batch, not on how a prompt was cut into chunks. Of an 8-bit cache a key tile at a time is
+widened, and its scales go to the scores and the softmax's weights, which are far fewer numbers than the keys and values.
 """
 
 import jax
 import jax.numpy as jnp
 
 from engine.batch import TILE, StepInput
+from engine.model.cache import CacheArray, LayerCache, read_blocks
 from engine.ops.tiles import map_each
-from engine.shapes import Array, Float, Float32, Int32
+from engine.shapes import Array, Bool, Float, Float32, Int32
 
 KEY_TILE = 64  # keys per pass of the online softmax; block sizes that do not divide it make their own multiple
 MASKED = -1e30
 
 
-def write_cache(cache: Float[Array, "n p k c"], rows: Float[Array, "t k c"], cache_slots: Int32[Array, "t"]) -> Float[Array, "n p k c"]:
-    """Put the keys or values of the step's tokens into their slots; padding goes to the scratch block."""
-    num_blocks, block_size, *head = cache.shape
-    flat = cache.reshape(num_blocks * block_size, *head).at[cache_slots].set(rows.astype(cache.dtype))
-    return flat.reshape(cache.shape)
-
-
 def paged_attention(
     q: Float[Array, "t h c"],
-    keys: Float[Array, "n p k c"],
-    values: Float[Array, "n p k c"],
+    cache: LayerCache,
     step: StepInput,
     *,
     multiplier: float,
@@ -37,7 +31,7 @@ def paged_attention(
     Scores are `cap * tanh(q·k * multiplier / cap)`; softmax and sums in float32; result in q's dtype, heads concatenated.
     """
     _, num_heads, head_width = q.shape
-    num_kv_heads, block_size = keys.shape[2], keys.shape[1]
+    _, block_size, num_kv_heads, _ = cache.keys.shape
     group = num_heads // num_kv_heads
     blocks_per_tile = max(1, KEY_TILE // block_size)
     key_tile = blocks_per_tile * block_size
@@ -60,11 +54,10 @@ def paged_attention(
             blocks = jax.lax.dynamic_slice_in_dim(table, j * blocks_per_tile, blocks_per_tile)
             key_positions = j * key_tile + jnp.arange(key_tile, dtype=jnp.int32)
             # Slots past the end hold what their last owner left; not even a NaN of his may reach this sequence.
-            is_own = (key_positions < end)[None, :, None]
-            k = keys[blocks].reshape(key_tile, num_kv_heads, head_width).swapaxes(0, 1)
-            v = values[blocks].reshape(key_tile, num_kv_heads, head_width).swapaxes(0, 1)
-            k, v = jnp.where(is_own, k, jnp.zeros_like(k)), jnp.where(is_own, v, jnp.zeros_like(v))
-            scores = _batched(by_head, k.swapaxes(1, 2)) * multiplier
+            is_own = key_positions < end
+            k, k_scales = _own_tokens(cache.keys, blocks, is_own, q.dtype)
+            v, v_scales = _own_tokens(cache.values, blocks, is_own, q.dtype)
+            scores = _scaled(_batched(by_head, k.swapaxes(1, 2)), k_scales) * multiplier
             scores = cap * jnp.tanh(scores / cap)
             is_visible = key_positions[None, :] <= query_positions[:, None]
             scores = jnp.where(is_visible[None], scores, MASKED)
@@ -72,7 +65,7 @@ def paged_attention(
             shrink = jnp.exp(highest - new_highest)
             weights = jnp.where(is_visible[None], jnp.exp(scores - new_highest[..., None]), 0.0)
             total = total * shrink + jnp.sum(weights, axis=-1)
-            weighted = weighted * shrink[..., None] + _batched(weights.astype(v.dtype), v)
+            weighted = weighted * shrink[..., None] + _batched(_scaled(weights, v_scales).astype(v.dtype), v)
             return new_highest, total, weighted
 
         rows = (num_kv_heads, TILE * group)
@@ -83,6 +76,19 @@ def paged_attention(
 
     tiles = map_each(attend, step.counts[2], step.tile_rows, step.tile_starts, step.tile_ends)
     return tiles.reshape(-1, num_heads * head_width)[step.tile_places]
+
+
+def _own_tokens(
+    cache: CacheArray, blocks: Int32[Array, "b"], is_own: Bool[Array, "m"], dtype: jnp.dtype
+) -> tuple[Float[Array, "k m c"], Float32[Array, "k m"] | None]:
+    """A tile of keys or values by head, with zeros for what is another's, and the scales that belong to it."""
+    tokens, scales = read_blocks(cache, blocks, dtype)
+    tokens = jnp.where(is_own[:, None, None], tokens, jnp.zeros_like(tokens)).swapaxes(0, 1)
+    return tokens, None if scales is None else jnp.where(is_own[:, None], scales, jnp.zeros_like(scales)).swapaxes(0, 1)
+
+
+def _scaled(numbers: Float32[Array, "k r m"], scales: Float32[Array, "k m"] | None) -> Float32[Array, "k r m"]:
+    return numbers if scales is None else numbers * scales[:, None]
 
 
 def _batched(a: Float[Array, "k r m"], b: Float[Array, "k m n"]) -> Float32[Array, "k r n"]:
