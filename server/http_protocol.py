@@ -104,6 +104,8 @@ class BoundedHttp(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         if self.parser.get_method() == b"CONNECT":
             raise InvalidRequest("this is no proxy")  # into the parser, which gives up
+        if self.parser.get_http_version() == "1.1" and sum(name == b"host" for name, _ in self.headers) != 1:
+            raise InvalidRequest("not one Host")  # RFC 9112, 3.2; into the parser, which gives up
         if self.parser.should_upgrade():
             return
         self._num_body_bytes = self._num_frame_bytes = self._num_late_bytes = 0

@@ -282,28 +282,30 @@ def test_headers_that_come_too_slowly_are_408(bounded_address: tuple[str, int]):
     assert (status, error["code"]) == (408, "body_timeout")
 
 
-CHUNKED = b"POST /v1/completions HTTP/1.1\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+CHUNKED = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
 @pytest.mark.parametrize(
     "content",
     [
         b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n",
-        b"GET /\xff HTTP/1.1\r\n\r\n",
+        b"GET /\xff HTTP/1.1\r\nHost: a\r\n\r\n",
         b"NONSENSE\r\n\r\n",
-        b"BREW /livez HTTP/1.1\r\n\r\n",
-        b"GET livez HTTP/1.1\r\n\r\n",
+        b"GET /livez HTTP/1.1\r\n\r\n",
+        b"GET /livez HTTP/1.1\r\nHost: a\r\nHost: a\r\n\r\n",
+        b"BREW /livez HTTP/1.1\r\nHost: a\r\n\r\n",
+        b"GET livez HTTP/1.1\r\nHost: a\r\n\r\n",
         b"GET /livez HTTP/9.9\r\n\r\n",
-        b"GET http:///livez HTTP/1.1\r\n\r\n",
+        b"GET http:///livez HTTP/1.1\r\nHost: a\r\n\r\n",
         b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
         b"CONNECT a:443 HTTP/1.1\r\nHost: a\r\n\r\n",
         b"CONNECT /livez HTTP/1.1\r\nHost: a\r\n\r\n",
-        b"GET /livez HTTP/1.1\r\nno colon\r\n\r\n",
-        b"GET /livez HTTP/1.1\r\nx: \x00\r\n\r\n",
-        b"POST /v1/completions HTTP/1.1\r\nContent-Length: -1\r\n\r\n",
-        b"POST /v1/completions HTTP/1.1\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\n",
-        b"POST /v1/completions HTTP/1.1\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
-        b"POST /v1/completions HTTP/1.1\r\nTransfer-Encoding: gzip\r\n\r\n",
+        b"GET /livez HTTP/1.1\r\nHost: a\r\nno colon\r\n\r\n",
+        b"GET /livez HTTP/1.1\r\nHost: a\r\nx: \x00\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: -1\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: gzip\r\n\r\n",
         CHUNKED + b"zz\r\n\r\n",
         CHUNKED + b"2\r\n{}zz\r\n",
     ],
