@@ -32,7 +32,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Never, Protocol
 
 from engine.config import EngineConfig, EngineOptions
 from engine.constraints import Grammars
@@ -44,6 +44,7 @@ from engine.messages import (
     Configure,
     Deltas,
     Failed,
+    Follow,
     FromEngine,
     FromServer,
     Prepare,
@@ -101,6 +102,10 @@ class Builder(Protocol):
         """Raises `EngineError` where it cannot be built."""
         ...
 
+    def follow(self, message: Follow, report: Callable[[Progress], None]) -> Never:
+        """Be led by another engine process from here on. Raises `EngineError` where that cannot be."""
+        ...
+
 
 class EngineLoop:
     """Messages in, steps, messages out. Neither waits nor knows threads; `run_engine` drives it."""
@@ -127,7 +132,7 @@ class EngineLoop:
             case Abort(request_id=request_id):
                 self._core.abort(request_id)
                 self._forget([request_id])
-            case Configure() | Prepare():
+            case Configure() | Prepare() | Follow():
                 raise TransportError("the server configured an engine that is already running")
 
     def turn(self) -> None:
@@ -177,11 +182,12 @@ def run_engine(channel: BlockingChannel, *, builder: Builder, on_disconnect: Cal
             configure = inbox.get()
     if configure is None:
         return 0
-    if not isinstance(configure, Configure):
+    if not isinstance(configure, Configure | Follow):
         raise TransportError(f"Configure comes first, found {type(configure).__name__}")
     try:
         with _signs_of_life(channel):
-            core = builder.build(configure.options, lambda progress: channel.send(encode(Report(progress))))
+            report = partial(_report, channel)
+            core = builder.build(configure.options, report) if isinstance(configure, Configure) else builder.follow(configure, report)
     except EngineError as error:
         channel.send(encode(Failed(str(error), plan=error.plan if isinstance(error, DoesNotFitError) else None)))
         return START_FAILED
@@ -197,10 +203,15 @@ def run_engine(channel: BlockingChannel, *, builder: Builder, on_disconnect: Cal
 
 
 class OnDevices:
-    """Builds the real engine. Imports jax, which takes seconds."""
+    """Builds the real engine, together with the other processes where it is one of a group. Imports jax, which takes seconds.
 
-    def __init__(self) -> None:
-        self._programs: Programs | None = None  # compiled ahead
+    `on_lost` and `on_unable` end this process for its group, see `engine/group_start.py`.
+    """
+
+    def __init__(self, *, on_lost: Callable[[str], Never], on_unable: Callable[[str], Never]) -> None:
+        self._on_lost = on_lost
+        self._on_unable = on_unable
+        self._programs: tuple[Programs, ...] | None = None  # compiled ahead
         self._grammars: Grammars | None = None  # loaded ahead
 
     def prepare(self, options: EngineOptions, *, backend: str) -> None:
@@ -209,7 +220,7 @@ class OnDevices:
         self._grammars = _load_grammars(options)
         from engine.build import compile_ahead
 
-        if backend == "cpu":
+        if backend == "cpu" and options.group is None:
             self._programs = compile_ahead(_resolve(options))
 
     def build(self, options: EngineOptions, report: Callable[[Progress], None]) -> Core:
@@ -217,7 +228,22 @@ class OnDevices:
         from engine.build import build_engine
 
         grammars = self._grammars or _load_grammars(options)
-        return build_engine(_resolve(options), report=report, programs=self._programs, grammars=grammars)
+        if options.group is None:
+            return build_engine(_resolve(options), report=report, programs=self._programs, grammars=grammars)
+        from engine.group_start import lead
+
+        group, config = lead(options, report=report, on_lost=self._on_lost, on_unable=self._on_unable)
+        try:
+            return build_engine(config, report=report, grammars=grammars, group=group)
+        except EngineError as error:
+            group.dismiss(str(error))
+            raise
+
+    def follow(self, message: Follow, report: Callable[[Progress], None]) -> Never:
+        _prepare_environment(message.options)
+        from engine.group_start import follow
+
+        follow(message, report=report, on_lost=self._on_lost, on_dismissed=self._on_unable)
 
 
 def _load_grammars(options: EngineOptions) -> Grammars | None:
@@ -289,6 +315,10 @@ def _signs_of_life(channel: BlockingChannel) -> Iterator[None]:
         sender.join()
 
 
+def _report(channel: BlockingChannel, progress: Progress) -> None:
+    channel.send(encode(Report(progress)))
+
+
 def _arrived(inbox: "queue.SimpleQueue[FromServer | None]", *, wait_s: float) -> Iterator[FromServer | None]:
     """Everything in the inbox now; where it is empty, the first message within `wait_s`."""
     try:
@@ -317,6 +347,16 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL))
 
 
+def _end_with_group(cause: str) -> Never:
+    print(f"engine: {cause}", file=sys.stderr, flush=True)
+    os._exit(CRASHED)
+
+
+def _give_up(channel: BlockingChannel, reason: str) -> Never:
+    channel.send(encode(Failed(reason)))
+    os._exit(START_FAILED)
+
+
 def main() -> None:
     """Ends the process itself, past interpreter shutdown, which would wait for threads of the runtime."""
     die_with_parent()
@@ -327,7 +367,8 @@ def main() -> None:
     parser.add_argument("--fd", type=int, required=True, help="descriptor of the connected socket to the server")
     channel = BlockingChannel(socket.socket(fileno=parser.parse_args().fd))
     try:
-        status = run_engine(channel, builder=OnDevices(), on_disconnect=lambda: os._exit(0))
+        builder = OnDevices(on_lost=_end_with_group, on_unable=partial(_give_up, channel))
+        status = run_engine(channel, builder=builder, on_disconnect=lambda: os._exit(0))
     except BaseException:
         traceback.print_exc()
         status = CRASHED

@@ -160,6 +160,10 @@ class Grammars:
         self._slow = _Threads("slow masks", 1, self._done)
         self._awaited: set[Constraint] = set()  # whose mask comes soon
 
+    def twin(self) -> "Grammars":
+        """The same for another core, with threads of its own."""
+        return Grammars(self._compile)
+
     def start(self, constraint: Constraint, output_token_ids: Iterable[int]) -> None:
         """Have its grammar compiled."""
         self._compilers.submit(constraint, lambda: constraint.start(self._compile, output_token_ids))

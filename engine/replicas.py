@@ -76,18 +76,11 @@ class Replicas:
     def __init__(self, cores: Sequence[EngineCore]) -> None:
         self.cores = tuple(cores)
         self.info = _combined([core.info for core in cores])
+        self.on_begin: Callable[[list[str]], object] | None = None  # told, before a step of one core, which requests come in with it
         self._replicas = [_Replica(core=core) for core in cores]
         self._open: dict[str, tuple[_Replica, _Load]] = {}  # by request id
-
-    @property
-    def on_begin(self) -> Callable[[list[str]], object] | None:
-        """Told, before a step of one core, which requests come in with it."""
-        return self.cores[0].on_begin
-
-    @on_begin.setter
-    def on_begin(self, listener: Callable[[list[str]], object] | None) -> None:
-        for core in self.cores:
-            core.on_begin = listener
+        for core in cores:
+            core.on_begin = self._begin
 
     @property
     def has_work(self) -> bool:
@@ -124,10 +117,14 @@ class Replicas:
         return deltas
 
     def stats(self) -> EngineStats:
-        """Sums over all cores, but for late compilations: each core counts those of the whole process."""
+        """Sums over all cores, but for late compilations: each counts the process's since it was made, and the last was made last."""
         stats = [core.stats() for core in self.cores]
         sums = {each.name: sum(getattr(one, each.name) for one in stats) for each in fields(EngineStats)}
-        return EngineStats(**sums | {"num_late_compilations": max(one.num_late_compilations for one in stats)})
+        return EngineStats(**sums | {"num_late_compilations": stats[-1].num_late_compilations})
+
+    def _begin(self, request_ids: list[str]) -> None:
+        if self.on_begin is not None:
+            self.on_begin(request_ids)
 
     def _forget(self, request_id: str) -> _Replica:
         replica, load = self._open.pop(request_id)

@@ -307,8 +307,8 @@ def test_stats_are_sums_and_a_late_compilation_of_the_process_counts_once() -> N
     for name in "abc":
         replicas.submit(request(name))
     replicas.step()
-    for core in replicas.cores:
-        core.runner.num_late_compilations = 2
+    for core, num_late in zip(replicas.cores, (5, 2), strict=True):  # three came before the second core was made
+        core.runner.num_late_compilations = num_late
 
     stats = replicas.stats()
 
