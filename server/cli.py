@@ -159,7 +159,9 @@ def plan(
     tensor_parallel_size: Annotated[
         int, typer.Option("--tensor-parallel-size", "-tp", min=1, metavar="N", help="devices that share each matrix")
     ] = 8,
-    data_parallel_size: Annotated[int, typer.Option("--data-parallel-size", min=1, metavar="N", help="such groups of devices")] = 1,
+    data_parallel_size: Annotated[
+        int, typer.Option("--data-parallel-size", "-dp", min=1, metavar="N", help="parts with so many devices and the whole model each")
+    ] = 1,
     enable_expert_parallel: Annotated[
         bool, typer.Option("--enable-expert-parallel", help="whole experts on each device instead of slices of all")
     ] = False,
@@ -242,7 +244,7 @@ def _parameters() -> Iterator[python_inspect.Parameter]:
         )
         yield _flag(name, bool if is_switch else list[str] if get_origin(field.annotation) is tuple else str, option)
     for alias in ALIASES:
-        names = ["-tp", "--tp"] if alias == "tp" else [flag_name(alias)]
+        names = [f"-{alias}", f"--{alias}"] if alias in ("tp", "dp") else [flag_name(alias)]
         yield _flag(alias, str, typer.Option(*names, hidden=True))
 
 

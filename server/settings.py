@@ -9,7 +9,7 @@ import difflib
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
@@ -18,13 +18,14 @@ from pydantic import BeforeValidator, ByteSize, Field, InstanceOf, ValidationErr
 from pydantic_settings import BaseSettings, InitSettingsSource, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 import configs
-from engine.config import EngineOptions, MeshConfig, ModelConfig, SchedulerConfig, read_model_config
+from engine.config import EngineOptions, ModelConfig, SchedulerConfig, mesh_of, read_model_config
 from engine.errors import ConfigError
 from server.api_keys import ApiKey, ApiKeys, read_key_file
 from server.limits import Limits
 
 ENV_PREFIX = "GROK_SERVER_"
 DEFAULT_MODEL = "grok-1-tiny"
+GROUP_SHARE = 0.9  # of the time for a start without progress, that the processes of a group get to meet: then one says who is missing
 MAX_LOGPROBS = 128  # what the compiled programs can be asked for
 
 # Names that SGLang's users know, and vLLM's short form.
@@ -35,10 +36,15 @@ ALIASES = {
     "mem_fraction_static": "gpu_memory_utilization",
     "tp_size": "tensor_parallel_size",
     "tp": "tensor_parallel_size",
+    "dp_size": "data_parallel_size",
+    "dp": "data_parallel_size",
     "max_running_requests": "max_num_seqs",
     "max_queued_requests": "max_num_queued_reqs",
     "page_size": "block_size",
 }
+
+# What Kubernetes' LeaderWorkerSet tells every pod of a group.
+LEADER_WORKER_SET = {"nnodes": "LWS_GROUP_SIZE", "node_rank": "LWS_WORKER_INDEX", "master_addr": "LWS_LEADER_ADDRESS"}
 
 SECRETS = frozenset({"api_key"})  # fields whose values no message repeats
 
@@ -92,14 +98,25 @@ class Settings(BaseSettings):
     max_logprobs: int = Field(_LIMITS.max_logprobs, ge=0, le=MAX_LOGPROBS, description="most top log-probabilities per token")
 
     # the engine
-    max_num_seqs: _Count = Field(64, description="sequences running at once")
-    max_num_batched_tokens: _Count = Field(256, description="tokens computed in one step")
+    max_num_seqs: _Count = Field(64, description="sequences running at once, in each data-parallel part")
+    max_num_batched_tokens: _Count = Field(256, description="tokens computed in one step, in each data-parallel part")
     block_size: _Count = Field(16, description="tokens per block of the KV cache")
     kv_cache_memory_bytes: ByteSize | None = Field(
-        None, description="size of the KV cache, e.g. 2GiB (default: 512MiB or one full sequence on a CPU, what the weights leave on a GPU)"
+        None,
+        description="size of the KV cache of each data-parallel part, e.g. 2GiB (default: 512MiB or one full sequence on a CPU, what the "
+        "weights leave on a GPU)",
     )
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="share of a GPU's memory to use")
     tensor_parallel_size: _Count = Field(1, description="devices that share each matrix")
+    data_parallel_size: _Count = Field(
+        1, description="parts that share the requests, each with so many devices, the whole model and a KV cache of its own"
+    )
+    enable_expert_parallel: bool = Field(False, description="whole experts on each device instead of slices of all")
+    processes_per_node: _Count = Field(1, description="engine processes that share a machine's devices")
+    nnodes: _Count = Field(1, description="machines that serve the model together; each runs this command, with the same settings")
+    node_rank: _Bound = Field(0, description="this machine's number among them; 0 serves HTTP, the others only compute")
+    master_addr: str | None = Field(None, min_length=1, description="address of the machine with node rank 0, on a private network")
+    master_port: int = Field(29501, ge=1, le=65535, description="port there where its engine waits for the others'")
     compile_cache_dir: Path | None = Field(
         None, description="keeps compiled programs between starts (default: in the user's cache directory)"
     )
@@ -235,10 +252,11 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Flags come in as arguments; then the environment; then the YAML file that either of them names."""
+        """Flags come in as arguments; then the environment; then the YAML file that either of them names; then what a cluster says."""
         path = (env_settings() | init_settings()).get("config")
         file_settings = InitSettingsSource(settings_cls, _read_yaml(Path(path)) if path else {})
-        return init_settings, env_settings, file_settings
+        group_settings = InitSettingsSource(settings_cls, _leader_worker_set())
+        return init_settings, env_settings, file_settings, group_settings
 
 
 def load_settings(flags: Mapping[str, Any]) -> Settings:
@@ -297,7 +315,12 @@ def engine_options(settings: Settings, model: ModelConfig | None = None) -> Engi
         model=model,
         model_dir=str(settings.model_dir),
         dtype=settings.dtype,
-        mesh=MeshConfig(tensor=settings.tensor_parallel_size),
+        mesh=mesh_of(
+            model,
+            num_devices=settings.tensor_parallel_size,
+            data=settings.data_parallel_size,
+            is_expert_parallel=settings.enable_expert_parallel,
+        ),
         block_size=settings.block_size,
         cache_bytes=None if settings.kv_cache_memory_bytes is None else int(settings.kv_cache_memory_bytes),
         memory_share=settings.gpu_memory_utilization,
@@ -308,7 +331,28 @@ def engine_options(settings: Settings, model: ModelConfig | None = None) -> Engi
         ),
         max_logprobs=settings.max_logprobs,
         compile_cache_dir=None if compile_cache_dir is None else str(compile_cache_dir),
+        group=_group(settings),
     )
+
+
+def _group(settings: Settings) -> GroupConfig | None:
+    """The engine processes that work together, if there are several. Raises `ConfigError` for a node that cannot be one of them."""
+    if settings.node_rank >= settings.nnodes:
+        raise ConfigError(f"--node-rank: of {settings.nnodes} nodes the last has rank {settings.nnodes - 1}, found {settings.node_rank}")
+    if settings.nnodes > 1 and settings.master_addr is None:
+        raise ConfigError("--master-addr: several nodes need the address of the one with rank 0")
+    if settings.nnodes * settings.processes_per_node == 1:
+        return None
+    group = GroupConfig(
+        num_nodes=settings.nnodes,
+        processes_per_node=settings.processes_per_node,
+        start_timeout_s=GROUP_SHARE * settings.engine_start_timeout,
+    )
+    return group if settings.master_addr is None else replace(group, host=settings.master_addr, port=settings.master_port)
+
+
+def _leader_worker_set() -> dict[str, Any]:
+    return {name: os.environ[variable] for name, variable in LEADER_WORKER_SET.items() if os.environ.get(variable)}
 
 
 def _writable_cache_dir(chosen: Path | None) -> Path | None:

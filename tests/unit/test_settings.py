@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from fake_core import TINY_MODEL
 
+from engine.config import MeshConfig
 from engine.errors import ConfigError
 from server.api_keys import ApiKey
 from server.limits import Limits
@@ -72,6 +73,7 @@ def test_an_empty_environment_variable_counts_as_unset(monkeypatch):
         ("context_length", "77", "max_model_len"),
         ("mem_fraction_static", "0.5", "gpu_memory_utilization"),
         ("tp_size", "2", "tensor_parallel_size"),
+        ("dp_size", "2", "data_parallel_size"),
         ("max_running_requests", "9", "max_num_seqs"),
         ("max_queued_requests", "9", "max_num_queued_reqs"),
     ],
@@ -205,6 +207,21 @@ def test_the_engine_gets_what_was_asked_for_and_the_models_context(model_dir):
     assert Path(str(options.compile_cache_dir)).is_dir()
 
 
+@pytest.mark.parametrize(
+    ("flags", "mesh"),
+    [
+        ({}, MeshConfig()),
+        ({"tp": "4", "dp": "2"}, MeshConfig(data=2, tensor=4)),
+        ({"tp": "4", "enable_expert_parallel": True}, MeshConfig(expert=4)),
+        ({"tp": "6", "dp": "3", "enable_expert_parallel": True}, MeshConfig(data=3, expert=2, tensor=3)),  # of 4 experts
+        ({"tp": "8", "enable_expert_parallel": True}, MeshConfig(expert=4, tensor=2)),
+        ({"tp": "3", "enable_expert_parallel": True}, MeshConfig(tensor=3)),
+    ],
+)
+def test_the_flags_of_parallelism_say_how_many_devices_do_what(model_dir, flags, mesh):
+    assert engine_options(load_settings({"model": model_dir, **flags})).mesh == mesh
+
+
 def test_a_context_beyond_the_models_is_refused_with_both_numbers(model_dir):
     with pytest.raises(ConfigError, match=r"--max-model-len: the model was made for 256 tokens, found 257"):
         engine_options(load_settings({"model": model_dir, "max_model_len": "257"}))
@@ -241,9 +258,10 @@ def test_settings_and_supervision_import_neither_jax_nor_fastapi():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "set()"
 
 
-@pytest.mark.parametrize("flag", ["-tp", "--tp", "--tp-size", "--tensor-parallel-size"])
-def test_every_name_of_tensor_parallelism_is_a_flag(flag, tmp_path):
-    command = [sys.executable, "-m", "server", "serve", str(tmp_path), flag, "many"]
-    result = subprocess.run(command, capture_output=True, text=True)
+@pytest.mark.parametrize(("short", "name"), [("tp", "--tensor-parallel-size"), ("dp", "--data-parallel-size")])
+def test_every_name_of_parallelism_is_a_flag(short, name, tmp_path):
+    for flag in (f"-{short}", f"--{short}", f"--{short}-size", name):
+        command = [sys.executable, "-m", "server", "serve", str(tmp_path), flag, "many"]
+        result = subprocess.run(command, capture_output=True, text=True)
 
-    assert "--tensor-parallel-size: input should be a valid integer" in result.stderr
+        assert f"{name}: input should be a valid integer" in result.stderr
