@@ -4,10 +4,11 @@ On the CPU int8 and int4 matrices are turned into the compute dtype once, here: 
 stay as they are beside their scales.
 """
 
-import threading
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from math import lcm, prod
 from typing import Any, cast
 
@@ -18,17 +19,21 @@ from jax.sharding import Mesh, NamedSharding
 from numpy.typing import NDArray
 
 from engine.checkpoint.dequantize import Index, read_slice
-from engine.checkpoint.tensors import Checkpoint, HostArray, HostTensor
+from engine.checkpoint.device_slices import InFlight, Read, local_hull, put_slices
+from engine.checkpoint.load_meter import LoadMeter
+from engine.checkpoint.read_ahead import ReadAhead, Wanted, scaled
+from engine.checkpoint.tensors import ArraySource, Checkpoint, FileArray, HostArray, HostTensor
 from engine.config import DType, ModelConfig
 from engine.errors import CheckpointError
+from engine.host_memory import host_memory_bytes
 from engine.model.params import Params, ParamSpec, dtype_of, map_specs, param_specs
-from engine.model.quantized import PackedInt4Array, QuantizedArray
+from engine.model.quantized import PackedInt4Array, QuantizedArray, is_quantized
 from engine.sharding import num_cached_heads, sharding_of
 from engine.types import Progress
 
-FILES_AT_ONCE = 2
+THREADS = min(4, max(2, os.cpu_count() or 2))  # a tensor each
+AHEAD_BYTES = 4 << 30  # several files
 
-Read = Callable[[Index], NDArray[Any]]
 Put = Callable[[tuple[int, ...], jnp.dtype, NamedSharding, Read], Any]  # shape, type and place of an array, and how to read a slice of it
 
 
@@ -37,25 +42,55 @@ def load_params(
 ) -> Params:
     """Every tensor of a checked checkpoint as a device array; with `keep_int8` int8 and int4 matrices stay what they are.
 
-    Raises `CheckpointError` where the devices cannot share the scale groups, or the files have changed.
+    Beside the arrays themselves, no more is in memory than the two largest tensors have in bytes. Raises `CheckpointError` where the devices
+    cannot share the scale groups, or the files have changed; what has not begun by then is not begun any more.
     """
-    total = sum(tensor.num_bytes for tensor in checkpoint.tensors.values())
-    lock = threading.Lock()
-    done = 0
+    shapes = param_shapes(checkpoint, config, dtype=dtype, mesh=mesh, keep_int8=keep_int8)
+    wanted = {spec.name: _wanted(checkpoint.tensors[spec.name], shape) for spec, shape in _pairs(config, shapes)}
+    meter = LoadMeter({name: one.num_bytes for name, one in wanted.items()}, report=report)
+    in_flight = InFlight(sum(sorted(one.num_bytes for one in wanted.values())[-2:]))
+    ahead = ReadAhead(list(wanted.values()), limit_bytes=min(AHEAD_BYTES, host_memory_bytes() // 8))
 
     def load(spec: ParamSpec) -> Any:
-        nonlocal done
-        tensor = checkpoint.tensors[spec.name]
-        array = _place(tensor, spec, config, dtype=dtype, mesh=mesh, keep_int8=keep_int8, put=_put_array)
-        jax.block_until_ready(array)
-        with lock:
-            done += tensor.num_bytes
-            report(Progress(phase="load", done=done, total=total, unit="bytes", detail=spec.name))
+        def advance(share: float) -> None:
+            meter.advance(spec.name, int(share * wanted[spec.name].num_bytes))
+
+        put = partial(put_slices, in_flight=in_flight, advance=advance)
+        array = _place(checkpoint.tensors[spec.name], spec, config, dtype=dtype, mesh=mesh, keep_int8=keep_int8, put=put)
+        ahead.is_done(spec.name)
+        meter.finished(spec.name)
         return array
 
-    with ThreadPoolExecutor(FILES_AT_ONCE) as threads:
+    with ahead, ThreadPoolExecutor(THREADS) as threads:
         jobs = map_specs(lambda spec: threads.submit(load, spec), param_specs(config))
-        return jax.tree.map(lambda job: job.result(), jobs)
+        try:
+            return jax.tree.map(lambda job: job.result(), jobs)
+        except BaseException:
+            threads.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _pairs(config: ModelConfig, shapes: Params) -> Iterator[tuple[ParamSpec, Any]]:
+    """Each spec with what stands in `shapes` for it."""
+    specs = jax.tree.leaves(param_specs(config), is_leaf=lambda leaf: isinstance(leaf, ParamSpec))
+    return zip(specs, jax.tree.leaves(shapes, is_leaf=is_quantized), strict=True)
+
+
+def _wanted(tensor: HostTensor, placed: Any) -> Wanted:
+    """What this process's devices need of one tensor, of which `placed` has shapes and shardings."""
+    weight, scales = (placed.weight, placed.scales) if is_quantized(placed) else (placed, placed)
+    parts = _parts(tensor.weight_source, weight)
+    if tensor.scales_source is not None:
+        parts += _parts(tensor.scales_source, scales)
+    return Wanted(name=tensor.spec.name, parts=parts)
+
+
+def _parts(source: ArraySource, placed: jax.ShapeDtypeStruct) -> tuple[tuple[FileArray, Index], ...]:
+    """Files and slices. An array that is put together from others is wanted whole."""
+    if isinstance(source, FileArray):
+        hull = local_hull(placed.shape, cast(NamedSharding, placed.sharding))
+        return ((source, scaled(hull, placed.shape, source.shape)),)
+    return tuple((region, tuple(slice(0, size) for size in region.shape)) for region in source.regions)
 
 
 def param_shapes(checkpoint: Checkpoint, config: ModelConfig, *, dtype: DType, mesh: Mesh, keep_int8: bool) -> Params:
@@ -75,7 +110,7 @@ def _place(tensor: HostTensor, spec: ParamSpec, config: ModelConfig, *, dtype: D
         copies = num_cached_heads(config, mesh.size) // config.num_kv_heads
         weight = _CopiedHeads(weight, config.key_size, copies)
         scales = None if scales is None else _CopiedHeads(scales, config.key_size, copies)
-        spec = replace(spec, shape=weight.shape)
+        spec = replace(spec, shape=(spec.shape[0], weight.shape[1]))  # int4 lies there with half its rows
     if scales is None or not keep_int8:
         return put(spec.shape, target, sharding, lambda index: read_slice(tensor.form, weight, scales, index, target))
     groups, is_split = _device_groups(tensor, scales, num_parts=_num_parts(sharding))
@@ -150,10 +185,6 @@ def _repeated_slice(scales: HostArray, index: Index, *, repeats: int) -> NDArray
     groups = np.arange(scales.shape[-2] * repeats)[index[-2]] // repeats
     part = np.asarray(scales[(*index[:-2], slice(groups[0], groups[-1] + 1), index[-1])])
     return part if repeats == 1 else part[..., groups - groups[0], :]
-
-
-def _put_array(shape: tuple[int, ...], dtype: jnp.dtype, sharding: NamedSharding, read: Read) -> jax.Array:  # noqa: ARG001
-    return jax.make_array_from_callback(shape, sharding, lambda index: read(cast(Index, index)))
 
 
 def _put_shape(shape: tuple[int, ...], dtype: jnp.dtype, sharding: NamedSharding, read: Read) -> jax.ShapeDtypeStruct:  # noqa: ARG001

@@ -125,6 +125,4 @@ def _batches(runs: Iterator[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]
 
 def scaled(box: Box, shape: tuple[int, ...], to: tuple[int, ...]) -> Box:
     """The same part of an array of another size: what has halves or repeats of its rows on the devices lies so in its file."""
-    return tuple(
-        slice(cut.start * wanted // size, -(-cut.stop * wanted // size)) for cut, size, wanted in zip(box, shape, to, strict=True)
-    )
+    return tuple(slice(cut.start * wanted // size, -(-cut.stop * wanted // size)) for cut, size, wanted in zip(box, shape, to, strict=True))

@@ -10,7 +10,7 @@ bytes.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -77,3 +77,8 @@ def dequantize_halves(array: PackedInt4Array, dtype: jnp.dtype) -> tuple[Float[A
         return (grouped * scales).reshape(*lead, half, n).astype(dtype)
 
     return real(array.weight & 15), real(array.weight >> 4)
+
+
+def is_quantized(leaf: Any) -> TypeGuard[QuantizedArray | PackedInt4Array]:
+    """Whether a leaf of the parameters is one of the types here, and not a plain array."""
+    return isinstance(leaf, QuantizedArray | PackedInt4Array)
