@@ -25,11 +25,13 @@ from engine.config import EngineOptions
 from engine.errors import NoEngineError
 from engine.journal import Entry, Journal
 from engine.messages import (
+    FOLLOWING,
     Abort,
     Begun,
     Configure,
     Deltas,
     Failed,
+    Follow,
     Prepare,
     Queued,
     Ready,
@@ -38,8 +40,11 @@ from engine.messages import (
     decode_from_engine,
     encode,
 )
-from engine.transport import Channel, open_channel, to_frame
+from engine.transport import Channel, FrameParser, open_channel, to_frame
 from engine.types import EngineInfo, EngineStats, GenerationRequest, Progress, TokenDelta
+
+START_SILENCE_S = 120.0  # of a process that follows a group's leader, before it is ready
+FOLLOWING_SILENCE_S = 6.0
 
 
 class EngineClient(Protocol):
@@ -272,6 +277,29 @@ def have_prepared(sock: socket.socket, options: EngineOptions, *, backend: str) 
     Raises `OSError` if it has ended already.
     """
     sock.sendall(to_frame(encode(Prepare(options, backend))))
+
+
+def have_follow(sock: socket.socket, options: EngineOptions, *, process_id: int) -> None:
+    """Tell a new engine process to follow the leader of the group in `options`. Raises `OSError` if it has ended already."""
+    sock.sendall(to_frame(encode(Follow(options, process_id))))
+
+
+def hear_follower(sock: socket.socket, *, on_progress: Callable[[Progress], None]) -> str | None:
+    """What a process that follows says, until it ends; returns why it could not, if it said that.
+
+    Raises `TimeoutError` where it is silent, and so stopped. Blocks: for a thread of its own.
+    """
+    parser = FrameParser()
+    sock.settimeout(START_SILENCE_S)
+    while data := sock.recv(1 << 16):
+        for message in map(decode_from_engine, parser.feed(data)):
+            if isinstance(message, Failed):
+                return message.message
+            if isinstance(message, Report):
+                on_progress(message.progress)
+                if message.progress.phase == FOLLOWING:
+                    sock.settimeout(FOLLOWING_SILENCE_S)
+    return None
 
 
 class _Mailbox:

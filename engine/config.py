@@ -234,6 +234,21 @@ def mesh_of(model: ModelConfig, *, num_devices: int, data: int, is_expert_parall
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GroupConfig:
+    """The engine processes that serve one model together, process 0 leading; each node has as many, in the order of the nodes' ranks."""
+
+    num_nodes: int = 1
+    processes_per_node: int = 1
+    host: str = "127.0.0.1"  # where the leader is reached
+    port: int = 0  # 0: any free one, which processes of other nodes could not know
+    start_timeout_s: float = 1800.0  # for all to be there
+
+    @property
+    def num_processes(self) -> int:
+        return self.num_nodes * self.processes_per_node
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CacheConfig:
     """The paged KV cache of one data shard."""
 
@@ -320,6 +335,7 @@ class EngineOptions:
     compile_cache_dir: str | None = None
     kv_dtype: KVDType | Literal["auto"] = "auto"
     cpu_weights: CPUWeights = "float"
+    group: GroupConfig | None = None  # None: one process has all devices
 
     def resolve(self, *, backend: str, free_bytes: int) -> EngineConfig:
         """The configuration for these devices: `auto` is float32 on a CPU and bfloat16 elsewhere; an unset cache size is `free_bytes`.

@@ -42,8 +42,9 @@ class Runner(Protocol):
     """What the core needs of a model: see `engine/runner.py`."""
 
     layouts: tuple[StepLayout, ...]
-    num_late_compilations: int
 
+    @property
+    def num_late_compilations(self) -> int: ...
     def reset_slot(
         self,
         slot: int,
@@ -57,6 +58,14 @@ class Runner(Protocol):
     def launch(self, batch: Batch) -> Any: ...
     def choose(self, launched: Any, *, dropped: list[int] = ...) -> Any: ...
     def collect(self, output: Any) -> Any: ...
+
+
+class WarmRunner(Runner, Protocol):
+    """A runner that is tried once before the core gets it."""
+
+    def warm_up(self) -> float:
+        """Returns how many seconds the largest step takes."""
+        ...
 
 
 @dataclass(slots=True, kw_only=True)

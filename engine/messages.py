@@ -13,6 +13,8 @@ from engine.config import EngineOptions
 from engine.errors import ConfigError, TransportError
 from engine.types import EngineInfo, EngineStats, GenerationRequest, Progress, TokenDelta
 
+FOLLOWING = "follow"  # the phase of the last `Report` of a process that follows
+
 
 class Configure(msgspec.Struct, frozen=True, array_like=True, tag="configure"):
     """Server to engine, once and first: what to build."""
@@ -25,6 +27,13 @@ class Prepare(msgspec.Struct, frozen=True, array_like=True, tag="prepare"):
 
     options: EngineOptions
     backend: str  # what the engine that runs now computes on
+
+
+class Follow(msgspec.Struct, frozen=True, array_like=True, tag="follow"):
+    """To an engine process, once and first, in place of `Configure`: compute what the leader of this group tells you to."""
+
+    options: EngineOptions
+    process_id: int
 
 
 class Submit(msgspec.Struct, frozen=True, array_like=True, tag="submit"):
@@ -86,7 +95,7 @@ class Begun(msgspec.Struct, frozen=True, array_like=True, tag="begun"):
     request_ids: list[str]
 
 
-FromServer = Prepare | Configure | Submit | Abort
+FromServer = Prepare | Configure | Follow | Submit | Abort
 FromEngine = Report | Ready | Failed | Refused | Queued | Begun | Deltas
 
 _encoder = msgspec.msgpack.Encoder()

@@ -34,13 +34,27 @@ RULES: dict[Axis | None, tuple[str, ...]] = {
 
 
 def make_meshes(config: MeshConfig, model: ModelConfig) -> tuple[Mesh, ...]:
-    """One mesh for each data shard, over the first devices. Raises `ConfigError` for too few devices or widths that do not divide."""
+    """One mesh for each data shard, over the first devices of each process, the same number of each for each shard.
+
+    Raises `ConfigError` for too few devices, or widths or processes that do not divide.
+    """
     check_widths(config, model)
     devices = jax.devices()
     wanted = config.data * config.expert * config.tensor
     if wanted > len(devices):
         raise ConfigError(f"the mesh {config.data} x {config.expert} x {config.tensor} wants {wanted} devices, {len(devices)} are here")
-    grids = np.array(devices[:wanted]).reshape(config.data, config.expert, config.tensor)
+    num_processes = jax.process_count()
+    share, rest = divmod(config.expert * config.tensor, num_processes)
+    if rest:
+        raise ConfigError(
+            f"{config.expert * config.tensor} devices of one replica cannot be shared evenly by {num_processes} processes: choose another "
+            "number of processes, or run a server on each machine behind a router"
+        )
+    by_process = [[device for device in devices if device.process_index == index] for index in range(num_processes)]
+    if min(map(len, by_process)) < config.data * share:
+        raise ConfigError(f"{config.data * share} devices of each process are wanted, one has {min(map(len, by_process))}")
+    grids = np.array([own[: config.data * share] for own in by_process])  # [processes, data shards * share]
+    grids = grids.reshape(num_processes, config.data, share).swapaxes(0, 1).reshape(config.data, config.expert, config.tensor)
     return tuple(Mesh(grid, MESH_AXES) for grid in grids)
 
 

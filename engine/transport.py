@@ -67,7 +67,8 @@ def to_frame(payload: bytes) -> bytes:
 class FrameParser:
     """Cuts a stream of bytes, in pieces of any size, into payloads."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, max_frame_bytes: int = MAX_FRAME_BYTES) -> None:
+        self._max_frame_bytes = max_frame_bytes
         self._buffer = bytearray()
         self._wanted = _HEADER.size
 
@@ -87,7 +88,7 @@ class FrameParser:
                     f"the other process speaks protocol version {version}, this one {PROTOCOL_VERSION}; "
                     "was the installation changed while the server ran? restart it"
                 )
-            _check_length(length)
+            _check_length(length, limit=self._max_frame_bytes)
             end = start + _HEADER.size + length
             if end > len(received):
                 self._wanted = end - start
@@ -231,6 +232,6 @@ class LoopbackChannel:
                 end.handler.channel_closed()
 
 
-def _check_length(length: int) -> None:
-    if length > MAX_FRAME_BYTES:
-        raise TransportError(f"a frame of {length:,} bytes is over the limit of {MAX_FRAME_BYTES:,}")
+def _check_length(length: int, *, limit: int = MAX_FRAME_BYTES) -> None:
+    if length > limit:
+        raise TransportError(f"a frame of {length:,} bytes is over the limit of {limit:,}")

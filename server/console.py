@@ -19,6 +19,7 @@ from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
 
+from engine.config import GroupConfig
 from engine.types import EngineInfo, Progress
 
 SECONDS_BETWEEN_LINES = 2.0
@@ -77,6 +78,10 @@ class Console:
         if self._terminal.is_terminal:
             cells = [f"{name} {readable_number(value)}" for name, value in self._limits.items()]
             self._terminal.print(Columns(cells, title="limits", column_first=True, padding=(0, 3)), markup=False)
+
+    def following(self, node_rank: int, group: GroupConfig) -> None:
+        """In place of `starting`, on a machine that serves no HTTP."""
+        self._line(f"Starting node {node_rank} of {group.num_nodes} for {self._model_name}, led by {group.host}:{group.port}")
 
     def log_limits(self) -> None:
         """One line, where there is no terminal that has a table of them."""

@@ -201,7 +201,7 @@ class _Life:
             command=self._engine_command,
             stall_timeout_s=self._prepared.settings.engine_stall_timeout,
             start_timeout_s=self._prepared.settings.engine_start_timeout,
-            standby_delay_s=STANDBY_DELAY_S if self._prepared.settings.engine_standby else None,
+            standby_delay_s=STANDBY_DELAY_S if self._has_standby else None,
         )
         loop = asyncio.get_running_loop()
         for signum in (signal.SIGINT, signal.SIGTERM):
@@ -214,6 +214,11 @@ class _Life:
             self._supervisor.stop()
             self._console.close()
             await supervising
+
+    @property
+    def _has_standby(self) -> bool:
+        """Processes of a group cannot compile ahead: their runtimes meet when all are there."""
+        return self._prepared.settings.engine_standby and self._prepared.options.group is None
 
     async def _serve_http(self, *, until: "asyncio.Task[None]") -> None:
         """Serve until the engine is given up or a signal came; then drain."""

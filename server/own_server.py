@@ -23,7 +23,7 @@ from server.engine_process import child_environment
 from server.settings import ENV_PREFIX, load_settings
 
 COMMAND = (sys.executable, "-P", "-m", "server.own_server")
-OURS = {"host": "127.0.0.1", "port": 0, "engine_standby": False, "shutdown_notice": 0, "shutdown_timeout": 0}
+OURS = {"host": "127.0.0.1", "port": 0, "nnodes": 1, "node_rank": 0, "engine_standby": False, "shutdown_notice": 0, "shutdown_timeout": 0}
 NOT_OURS = ("API_KEY_FILE", "METRICS_PORT")  # settings of the operator's real server
 END_GRACE_S = 10.0  # between the end of stdin and the end by force
 POLL_S = 0.1

@@ -18,7 +18,7 @@ from pydantic import BeforeValidator, ByteSize, Field, InstanceOf, ValidationErr
 from pydantic_settings import BaseSettings, InitSettingsSource, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 import configs
-from engine.config import EngineOptions, ModelConfig, SchedulerConfig, mesh_of, read_model_config
+from engine.config import EngineOptions, GroupConfig, ModelConfig, SchedulerConfig, mesh_of, read_model_config
 from engine.errors import ConfigError
 from server.api_keys import ApiKey, ApiKeys, read_key_file
 from server.limits import Limits

@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
 DEVICE_SIDE = {
+    "distributed",
     "footprint",
     "plan",
     "memory_check",
@@ -25,7 +26,7 @@ DEVICE_SIDE = {
     "ops",
     "checkpoint",
 }
-NEITHER_SIDE = {"__main__", "plan_query"}  # programs of their own: they speak messages and JSON to the server
+NEITHER_SIDE = {"__main__", "group_start", "plan_query"}  # programs of their own: they speak messages and JSON to the server
 ON_A_BARE_GPU_MACHINE = {"jax", "jaxlib", "numpy", "ml_dtypes"}
 ALLOWED_IN = {"engine.shapes": {"jaxtyping"}}  # only for the type checker and the tests
 
