@@ -42,8 +42,10 @@ def load_params(
 ) -> Params:
     """Every tensor of a checked checkpoint as a device array; with `keep_int8` int8 and int4 matrices stay what they are.
 
-    Beside the arrays themselves, no more is in memory than the two largest tensors have in bytes. Raises `CheckpointError` where the devices
-    cannot share the scale groups, or the files have changed; what has not begun by then is not begun any more.
+    Beside the arrays themselves, no more is in memory than the two largest tensors have in bytes.
+
+    Raises `CheckpointError` where the devices cannot share the scale groups, or the files have changed; what has not begun by then is not
+    begun any more.
     """
     shapes = param_shapes(checkpoint, config, dtype=dtype, mesh=mesh, keep_int8=keep_int8)
     wanted = {spec.name: _wanted(checkpoint.tensors[spec.name], shape) for spec, shape in _pairs(config, shapes)}
