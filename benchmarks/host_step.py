@@ -95,6 +95,7 @@ def null_core(num_seqs: int, *, max_model_len: int) -> EngineCore:
         block_size=block_size,
         num_blocks=config.cache.num_blocks,
         dtype=config.dtype,
+        kv_dtype=config.kv_dtype,
         backend="none",
         num_devices=0,
         num_params=0,

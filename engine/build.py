@@ -100,7 +100,7 @@ def build_runners(config: EngineConfig, *, report: Callable[[Progress], None], p
         compiling = threads.submit(_compile, programs, config, report)
     else:
         compiling = None
-    params = [load_params(checkpoint, config.model, dtype=config.dtype, mesh=meshes[0], keep_int8=_keeps_int8(), report=report)]
+    params = [load_params(checkpoint, config.model, dtype=config.dtype, mesh=meshes[0], keep_int8=_keeps_packed(config), report=report)]
     params += [copy_params(params[0], meshes[0], to=mesh) for mesh in meshes[1:]]
     load_s = time.monotonic() - start
     compile_s = 0.0 if compiling is None else compiling.result()
@@ -132,6 +132,7 @@ def _info(runner: ModelRunner, programs: Programs, *, step_s: float, load_s: flo
         block_size=config.cache.block_size,
         num_blocks=config.cache.num_blocks,
         dtype=config.dtype,
+        kv_dtype=config.kv_dtype,
         backend=jax.default_backend(),
         num_devices=runner.mesh.size,
         num_params=sum(spec.num_params for spec in each_spec(param_specs(config.model))),
@@ -160,11 +161,11 @@ def _report_part(report: Callable[[Progress], None], index: int, num_parts: int,
 
 
 def _param_shapes(checkpoint: Checkpoint, config: EngineConfig, mesh: Mesh) -> Params:
-    return param_shapes(checkpoint, config.model, dtype=config.dtype, mesh=mesh, keep_int8=_keeps_int8())
+    return param_shapes(checkpoint, config.model, dtype=config.dtype, mesh=mesh, keep_int8=_keeps_packed(config))
 
 
-def _keeps_int8() -> bool:
-    return jax.default_backend() != "cpu"
+def _keeps_packed(config: EngineConfig) -> bool:
+    return jax.default_backend() != "cpu" or config.cpu_weights == "packed"
 
 
 def use_compile_cache(directory: str | None) -> None:

@@ -131,6 +131,7 @@ class EngineInfo:
     block_size: int
     num_blocks: int
     dtype: str
+    kv_dtype: str  # of the cache
     backend: str  # "cpu", "gpu"
     num_devices: int
     num_params: int

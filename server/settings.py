@@ -94,6 +94,9 @@ class Settings(BaseSettings):
     )
     skip_tokenizer_init: bool = Field(False, description="serve token ids without any tokenizer")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: float32 on a CPU, bfloat16 on a GPU")
+    cpu_weights: Literal["float", "packed"] = Field(
+        "float", description="what 8- and 4-bit matrices become on a CPU; packed keeps them as small as they are, and is slower"
+    )
     max_model_len: _Count | None = Field(None, description="prompt plus output of one sequence, in tokens (default: the model's context)")
     max_logprobs: int = Field(_LIMITS.max_logprobs, ge=0, le=MAX_LOGPROBS, description="most top log-probabilities per token")
 
@@ -101,6 +104,9 @@ class Settings(BaseSettings):
     max_num_seqs: _Count = Field(64, description="sequences running at once, in each data-parallel part")
     max_num_batched_tokens: _Count = Field(256, description="tokens computed in one step, in each data-parallel part")
     block_size: _Count = Field(16, description="tokens per block of the KV cache")
+    kv_cache_dtype: Literal["auto", "float32", "bfloat16", "int8", "fp8"] = Field(
+        "auto", description="number type of the KV cache; auto: that of the computation"
+    )
     kv_cache_memory_bytes: ByteSize | None = Field(
         None,
         description="size of the KV cache of each data-parallel part, e.g. 2GiB (default: 512MiB or one full sequence on a CPU, what the "
@@ -322,6 +328,8 @@ def engine_options(settings: Settings, model: ModelConfig | None = None) -> Engi
             is_expert_parallel=settings.enable_expert_parallel,
         ),
         block_size=settings.block_size,
+        kv_dtype=settings.kv_cache_dtype,
+        cpu_weights=settings.cpu_weights,
         cache_bytes=None if settings.kv_cache_memory_bytes is None else int(settings.kv_cache_memory_bytes),
         memory_share=settings.gpu_memory_utilization,
         scheduler=SchedulerConfig(

@@ -55,6 +55,7 @@ INFO = EngineInfo(
     block_size=4,
     num_blocks=96,
     dtype="float32",
+    kv_dtype="float32",
     backend="cpu",
     num_devices=1,
     num_params=0,

@@ -51,6 +51,7 @@ def options_info(options: EngineOptions) -> EngineInfo:
         block_size=options.block_size,
         num_blocks=config.cache.num_blocks,
         dtype=config.dtype,
+        kv_dtype=config.kv_dtype,
         backend="cpu",
         num_devices=1,
         num_params=1000,

@@ -34,6 +34,7 @@ def engine_info(*, vocab_size: int = VOCAB_SIZE, max_model_len: int = 256, max_n
         block_size=16,
         num_blocks=1024,
         dtype="float32",
+        kv_dtype="float32",
         backend="cpu",
         num_devices=1,
         num_params=1_000_000,

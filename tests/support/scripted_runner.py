@@ -554,6 +554,7 @@ def info_of(config: EngineConfig) -> EngineInfo:
         block_size=config.cache.block_size,
         num_blocks=config.cache.num_blocks,
         dtype=config.dtype,
+        kv_dtype=config.kv_dtype,
         backend="none",
         num_devices=0,
         num_params=0,

@@ -115,6 +115,8 @@ def test_a_missing_yaml_file_is_named(tmp_path):
         ("port", "-1"),
         ("max_num_seqs", "0"),
         ("dtype", "float64"),
+        ("kv_cache_dtype", "int4"),
+        ("cpu_weights", "int8"),
         ("gpu_memory_utilization", "1.5"),
         ("shutdown_timeout", "nan"),
         ("kv_cache_memory_bytes", "lots"),
@@ -239,6 +241,24 @@ def test_dtype_auto_follows_the_device_and_an_explicit_one_stays(model_dir, back
 
     assert auto.resolve(backend=backend, free_bytes=1 << 24).dtype == dtype
     assert explicit.resolve(backend=backend, free_bytes=1 << 24).dtype == "float32"
+
+
+@pytest.mark.parametrize(("backend", "auto"), [("cpu", "float32"), ("gpu", "bfloat16")])
+def test_the_cache_has_the_dtype_of_the_computation_unless_told_and_holds_more_then(model_dir, backend, auto):
+    followed = engine_options(load_settings({"model": model_dir})).resolve(backend=backend, free_bytes=1 << 24)
+    told = engine_options(load_settings({"model": model_dir, "kv_cache_dtype": "int8"})).resolve(backend=backend, free_bytes=1 << 24)
+
+    assert (followed.kv_dtype, told.kv_dtype) == (auto, "int8")
+    assert told.dtype == followed.dtype
+    num_bytes = (followed.cache.num_blocks, told.cache.num_blocks)
+    head = TINY_MODEL.key_size
+    assert num_bytes[1] / num_bytes[0] == pytest.approx(head * {"float32": 4, "bfloat16": 2}[auto] / (head + 4), rel=0.01)
+
+
+def test_packed_weights_on_a_cpu_are_told_to_the_engine(model_dir):
+    assert engine_options(load_settings({"model": model_dir})).cpu_weights == "float"
+    packed = engine_options(load_settings({"model": model_dir, "cpu_weights": "packed"}))
+    assert packed.resolve(backend="cpu", free_bytes=1 << 24).cpu_weights == "packed"
 
 
 def test_a_cache_that_holds_no_whole_sequence_is_refused(model_dir):
