@@ -130,7 +130,18 @@ def device_bytes(spec: ParamSpec, setup: Setup) -> int:
         return prod(shape) * BYTES[setup.weights]
     *lead, _, n = shape
     packed = prod(shape) if setup.weights == "int8" else prod(shape) // 2
-    return packed + prod(lead) * _device_groups(spec, setup) * n * SCALE_BYTES
+    groups = num_scale_groups(spec, setup) or 0
+    if groups > 1:  # cut where a device's rows begin or end inside of one, as `engine/checkpoint/load.py` cuts them
+        parts = _num_parts(spec.axes[-2], setup)
+        groups = lcm(groups, parts) // parts
+    return packed + prod(lead) * groups * n * SCALE_BYTES
+
+
+def num_scale_groups(spec: ParamSpec, setup: Setup) -> int | None:
+    """Of a whole matrix, in the form in which it is kept; None for a form without scales."""
+    if not spec.is_quantized or setup.weights not in ("int8", "int4"):
+        return None
+    return _num_released_groups(spec, setup.model) if setup.weights == "int8" else spec.shape[-2] // setup.int4_group
 
 
 def kv_bytes_per_token(setup: Setup) -> int:
@@ -144,10 +155,15 @@ def slot_bytes(setup: Setup) -> int:
     return ceil(setup.scheduler.max_num_seqs * setup.model.vocab_size * SLOT_BYTES_PER_TOKEN)
 
 
-def temporary_bytes(setup: Setup, device: Device) -> dict[str, int]:
-    """Named buffers of one device that may exist at the same time. On a host only those that are always there: it has no fixed share."""
+def temporary_bytes(setup: Setup, device: Device, *, step_bytes: int | None = None) -> dict[str, int]:
+    """Named buffers of one device that may exist at the same time; `step_bytes` is what a compiler has found for those of a step.
+
+    On a host only those that are always there: nothing has a share of its memory.
+    """
     if device.is_host:
         return {"slots": slot_bytes(setup)}
+    if step_bytes is not None:
+        return {"slots": slot_bytes(setup), "compiled step": step_bytes, "runtime": FIXED_BYTES}
     model, scheduler = setup.model, setup.scheduler
     tokens, rows, size = scheduler.max_num_batched_tokens, scheduler.max_num_seqs, BYTES[setup.dtype]
     width = model.num_q_heads * model.key_size
@@ -200,11 +216,11 @@ def _released_bytes(spec: ParamSpec, model: ModelConfig) -> int:
     if not spec.is_quantized:
         return spec.num_params * BYTES["float32"]
     *lead, _, n = spec.shape
-    groups = _num_groups(spec, model)
+    groups = _num_released_groups(spec, model)
     return spec.num_params + prod(lead) * groups * n * SCALE_BYTES
 
 
-def _num_groups(spec: ParamSpec, model: ModelConfig) -> int:
+def _num_released_groups(spec: ParamSpec, model: ModelConfig) -> int:
     """Scale groups of the contracting axis; a checkpoint that does not say how many it has, has as many as its files show."""
     return (model.row_parallel_scale_groups or 1) if spec.is_row_parallel else 1
 
@@ -227,13 +243,6 @@ def _num_parts(axis: Axis | None, setup: Setup) -> int:
     sizes = {"expert": setup.mesh.expert, "tensor": setup.mesh.tensor}
     parts = prod(sizes[name] for name in RULES[axis])
     return min(parts, setup.model.num_kv_heads) if axis == "kv_heads" else parts
-
-
-def _device_groups(spec: ParamSpec, setup: Setup) -> int:
-    """Scale groups of one device, cut where its rows begin or end inside of one, as `engine/checkpoint/load.py` cuts them."""
-    groups = _num_groups(spec, setup.model) if setup.weights == "int8" else spec.shape[-2] // setup.int4_group
-    parts = _num_parts(spec.axes[-2], setup)
-    return groups if groups == 1 else lcm(groups, parts) // parts
 
 
 def _placed(spec: ParamSpec, setup: Setup) -> str:

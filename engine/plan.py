@@ -28,6 +28,7 @@ class Question:
     device: Device
     memory_share: float = 1.0
     cache_bytes: int | None = None  # of one data shard; None: all that is left
+    step_bytes: int | None = None  # temporaries of the compiled step, where it was compiled for such a device
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +56,7 @@ class Plan:
     question: Question
     payload_bytes: int  # of the whole model as it is released
     weights: list[Weights]
-    temporaries: dict[str, int]  # an upper bound, by buffer
+    temporaries: dict[str, int]  # by buffer; an upper bound where the step was not compiled for the device
     usable_bytes: int
     cache_bytes: int  # left for the KV cache; negative where the rest does not fit already
     kv_bytes_per_token: int
@@ -86,7 +87,7 @@ def make_plan(question: Question, *, seeks_alternatives: bool = True) -> Plan:
     setup, device = question.setup, question.device
     check_widths(setup.mesh, setup.model)
     weights = weights_by_kind(setup)
-    temporaries = temporary_bytes(setup, device)
+    temporaries = temporary_bytes(setup, device, step_bytes=question.step_bytes)
     usable = int(device.memory_bytes * question.memory_share) // device.num_sharing
     room = usable - sum(each.device_bytes for each in weights) - sum(temporaries.values())
     per_token = kv_bytes_per_token(setup)

@@ -1,7 +1,6 @@
 """`python -m engine.plan_query`: a question about a machine on standard input, the plan on standard output, both JSON.
 
-`grok-server plan` runs it, because what it needs is what the server must not import. With `is_compiled` in the question it also compiles
-the programs for as many fake devices (`engine/compile_plan.py`).
+`grok-server plan` runs it, because what it needs is what the server must not import. `engine/compile_plan.py` takes the same questions.
 """
 
 import json
@@ -31,6 +30,7 @@ class Query(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     scheduler: SchedulerConfig
     block_size: int = 16
     memory_share: float = 0.9
+    step_bytes: int | None = None  # temporaries of the compiled step, where it was compiled for such a device
 
     def question(self) -> Question:
         """Raises `ConfigError` for a device that nobody knows."""
@@ -52,13 +52,19 @@ class Query(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
             ),
             device=device,
             memory_share=self.memory_share,
+            step_bytes=self.step_bytes,
         )
+
+
+def read_question(text: bytes) -> Question:
+    """Raises `ConfigError` or `msgspec.DecodeError`."""
+    return msgspec.json.decode(text, type=Query).question()
 
 
 def main() -> int:
     """Standard input to standard output; a question that makes no sense is an error object and status 2."""
     try:
-        plan = make_plan(msgspec.json.decode(sys.stdin.buffer.read(), type=Query).question())
+        plan = make_plan(read_question(sys.stdin.buffer.read()))
     except (ConfigError, msgspec.DecodeError) as error:
         print(json.dumps({"error": str(error)}))
         return 2

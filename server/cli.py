@@ -167,12 +167,16 @@ def plan(
     ] = False,
     weights: Annotated[str, typer.Option("--weights", metavar="float32|bfloat16|int8|int4", help="form of the weights")] = "int8",
     kv_cache_dtype: Annotated[str, typer.Option("--kv-cache-dtype", metavar="float32|bfloat16|int8|fp8", help="of the cache")] = "bfloat16",
+    block_size: Annotated[int, typer.Option("--block-size", min=1, metavar="N", help="tokens per block of the cache")] = 16,
     max_model_len: Annotated[int | None, typer.Option("--max-model-len", min=1, metavar="N", help="longest sequence, in tokens")] = None,
     max_num_seqs: Annotated[int, typer.Option("--max-num-seqs", min=1, metavar="N", help="sequences running at once")] = 64,
     max_num_batched_tokens: Annotated[int, typer.Option("--max-num-batched-tokens", min=1, metavar="N", help="tokens in one step")] = 256,
     gpu_memory_utilization: Annotated[
         float, typer.Option("--gpu-memory-utilization", min=0.01, max=1, metavar="X", help="share of a device's memory to use")
     ] = 0.9,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="compile the whole step from shapes alone and list its collectives; takes minutes")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="print everything as JSON")] = False,
 ) -> None:
     """Show whether a model fits a machine, before anything is loaded.
@@ -197,8 +201,9 @@ def plan(
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
+            block_size=block_size,
         )
-        status = show_plan(request, machine, as_json=json)
+        status = show_plan(request, machine, as_json=json, is_compiled=compile)
     except EngineError as error:
         _fail(error)
     raise typer.Exit(status)

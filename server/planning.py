@@ -25,6 +25,7 @@ from server.engine_process import child_environment
 
 WIDTH_OF_FILES = 120  # of the tables, where they go to a file or a pipe
 COMMAND = (sys.executable, "-P", "-m", "engine.plan_query")
+COMPILE_COMMAND = (sys.executable, "-P", "-m", "engine.compile_plan")
 WEIGHT_FORMATS = ("float32", "bfloat16", "int8", "int4")
 KV_FORMATS = ("float32", "bfloat16", "int8", "fp8")
 DOES_NOT_FIT = 1  # exit status
@@ -52,12 +53,24 @@ class Request:
     max_model_len: int | None  # None: the model's context
     max_num_seqs: int
     max_num_batched_tokens: int
+    block_size: int
 
 
-def show_plan(request: Request, machine: Machine, *, as_json: bool) -> int:
-    """Print the plan; returns the exit status: 0 where it fits. Raises `ConfigError` for what makes no sense."""
+def show_plan(request: Request, machine: Machine, *, as_json: bool, is_compiled: bool = False) -> int:
+    """Print the plan; returns the exit status: 0 where it fits. Raises `ConfigError` for what makes no sense.
+
+    With `is_compiled` the whole step is compiled, too, which takes minutes for a large model.
+    """
     name, model = model_of(request.model)
-    plan = ask(_query(request, machine, model))
+    query = _query(request, machine, model)
+    plan = ask(query)
+    if is_compiled:
+        if sys.stderr.isatty():
+            print(f"compiling two steps of {model.num_layers} layers for {machine.tensor} devices ...", file=sys.stderr)
+        compiled = ask(query, COMPILE_COMMAND)
+        if compiled["backend"] != "cpu":
+            plan = ask(query | {"step_bytes": max(step["temporary_bytes"] for step in compiled["steps"])})
+        plan["compiled"] = compiled
     if as_json:
         print(json.dumps(plan, indent=1))
     else:
@@ -83,13 +96,13 @@ def model_of(name: str) -> tuple[str, ModelConfig]:
     return name, read_model_config(directory)
 
 
-def ask(query: dict[str, Any]) -> dict[str, Any]:
+def ask(query: dict[str, Any], command: tuple[str, ...] = COMMAND) -> dict[str, Any]:
     """The plan for a query, in `engine/plan.py`'s form. Raises `ConfigError` with the one cause where the query makes no sense."""
-    process = subprocess.run(COMMAND, input=msgspec.json.encode(query), stdout=subprocess.PIPE, env=child_environment(), check=False)
+    process = subprocess.run(command, input=msgspec.json.encode(query), stdout=subprocess.PIPE, env=child_environment(), check=False)
     try:
         plan = json.loads(process.stdout)
     except ValueError:
-        raise ConfigError(f"planning ended with status {process.returncode}") from None
+        raise ConfigError(f"{command[-1]} ended with status {process.returncode}") from None
     if "error" in plan:
         raise ConfigError(plan["error"])
     return plan
@@ -112,6 +125,7 @@ def _query(request: Request, machine: Machine, model: ModelConfig) -> dict[str, 
         "memory_share": machine.memory_share,
         "weights": request.weights,
         "kv": request.kv,
+        "block_size": request.block_size,
         "scheduler": {
             "max_model_len": longest,
             "max_num_seqs": request.max_num_seqs,
@@ -148,6 +162,8 @@ def _parts(name: str, plan: dict[str, Any]) -> Iterable[str | Table]:
     yield _capacity_table(plan)
     if plan["speeds"]:
         yield _speed_table(plan)
+    if (compiled := plan.get("compiled")) is not None:
+        yield from _compiled_parts(compiled)
     if plan["problem"] is None:
         yield "It fits."
         return
@@ -164,8 +180,9 @@ def _memory_table(plan: dict[str, Any]) -> Table:
         table.add_row(row["kind"], readable_bytes(row["device_bytes"]), f"{row['num_params']:,}", row["placed"], row["stored"])
     temporaries = plan["temporaries"]
     largest = ", ".join(f"{kind} {readable_bytes(size)}" for kind, size in sorted(temporaries.items(), key=lambda item: -item[1])[:3])
-    bound = f"at least: {largest}" if plan["question"]["device"]["is_host"] else f"upper bound: {largest}, ..."
-    table.add_row("temporaries", readable_bytes(sum(temporaries.values())), "", "", bound)
+    question = plan["question"]
+    label = "at least" if question["device"]["is_host"] else "upper bound" if question["step_bytes"] is None else "compiled"
+    table.add_row("temporaries", readable_bytes(sum(temporaries.values())), "", "", f"{label}: {largest}")
     table.add_row(
         "left for the KV cache", readable_bytes(max(0, plan["cache_bytes"])), "", "", f"of {readable_bytes(plan['usable_bytes'])}"
     )
@@ -184,6 +201,23 @@ def _speed_table(plan: dict[str, Any]) -> Table:
     table.add_row("at the full bandwidth", *(f"{row['ideal_tokens_per_s']:,.0f}" for row in plan["speeds"]))
     table.add_row("at 75 % of it, and 12 us per all-reduce", *(f"{row['expected_tokens_per_s']:,.0f}" for row in plan["speeds"]))
     return table
+
+
+def _compiled_parts(compiled: dict[str, Any]) -> Iterable[str | Table]:
+    backend = compiled["backend"]
+    for step in compiled["steps"]:
+        yield (
+            f"A greedy step of {step['num_tokens']} tokens, {compiled['num_layers']} layers: traced and compiled for the {backend} in "
+            f"{step['seconds']:,.0f} s; on each device {readable_bytes(step['argument_bytes'])} of arguments and "
+            f"{readable_bytes(step['temporary_bytes'])} of temporaries"
+        )
+        table = _table("collectives", "per layer", "in the step", "bytes each")
+        for row in step["exchanges"]:
+            per_layer = "" if row["per_layer"] is None else f"{row['per_layer']:g}"
+            table.add_row(f"{row['kind']}, {row['scope'] or 'added'}", per_layer, f"{row['count']:,}", readable_bytes(row["num_bytes"]))
+        yield table
+    if backend == "cpu":
+        yield "The collectives are the program's own on any backend; the temporaries are the CPU compiler's, which keeps weights as floats."
 
 
 def _alternatives_table(plan: dict[str, Any]) -> Table:

@@ -6,7 +6,8 @@ the step. Padding then costs nothing, and one compiled program serves every size
 and the whole bucket is computed at once; results may then differ between buckets by rounding.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -15,10 +16,25 @@ import jax.numpy as jnp
 from engine.batch import TILE
 from engine.shapes import Array, Int32
 
+_is_for_accelerators = False
+
 
 def loops_over_tiles() -> bool:
     """True where the backend computes tile by tile."""
-    return jax.default_backend() == "cpu"
+    return jax.default_backend() == "cpu" and not _is_for_accelerators
+
+
+@contextmanager
+def for_accelerators() -> Iterator[None]:
+    """Trace programs on a CPU as they are for an accelerator, to look at them. What was traced in the other form is forgotten."""
+    global _is_for_accelerators
+    jax.clear_caches()
+    _is_for_accelerators = True
+    try:
+        yield
+    finally:
+        _is_for_accelerators = False
+        jax.clear_caches()
 
 
 def map_rows(function: Callable[..., Any], num_rows: Int32[Array, ""], *arrays: Any) -> Any:

@@ -70,7 +70,18 @@ def test_what_makes_no_sense_is_one_line_and_status_2(arguments: list[str], comp
 
 
 def test_serving_what_does_not_fit_is_refused_with_the_plan_before_anything_is_loaded():
-    command = [sys.executable, "-m", "server", "serve", str(TINY_A), "--port", "0", "--kv-cache-memory-bytes", "1PB"]
+    command = [
+        sys.executable,
+        "-m",
+        "server",
+        "serve",
+        str(TINY_A),
+        "--skip-tokenizer-init",
+        "--port",
+        "0",
+        "--kv-cache-memory-bytes",
+        "1PB",
+    ]
 
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, env=os.environ | {"COLUMNS": "100"}, check=False)
 
@@ -80,3 +91,14 @@ def test_serving_what_does_not_fit_is_refused_with_the_plan_before_anything_is_l
     assert "load" not in result.stdout
     assert any(line.startswith("left for the KV cache") for line in table)
     assert any(line.startswith("a smaller cache (--kv-cache-memory-bytes ") for line in table)
+
+
+def test_a_compiled_plan_lists_two_all_reduces_per_layer():
+    result = plan("--model", str(TINY_A), "-tp", "2", "--max-num-batched-tokens", "16", "--compile")
+
+    assert result.returncode == 0, result.stderr
+    rows = [line.split() for line in result.stdout.splitlines()]
+    assert ["all-reduce,", "attention", "1"] in [row[:3] for row in rows]
+    assert ["all-reduce,", "moe", "1"] in [row[:3] for row in rows]
+    assert [row[-4:-2] for row in rows if row[:2] == ["all-gather,", "sample"]] == [["sample", "1"]]
+    assert "A greedy step of 16 tokens" in result.stdout

@@ -14,6 +14,7 @@ DEVICE_SIDE = {
     "distributed",
     "footprint",
     "plan",
+    "hlo",
     "memory_check",
     "build",
     "compile_cache",
@@ -26,7 +27,12 @@ DEVICE_SIDE = {
     "ops",
     "checkpoint",
 }
-NEITHER_SIDE = {"__main__", "group_start", "plan_query"}  # programs of their own: they speak messages and JSON to the server
+NEITHER_SIDE = {
+    "__main__",
+    "group_start",
+    "plan_query",
+    "compile_plan",
+}  # programs of their own: they speak messages and JSON to the server
 ON_A_BARE_GPU_MACHINE = {"jax", "jaxlib", "numpy", "ml_dtypes"}
 ALLOWED_IN = {"engine.shapes": {"jaxtyping"}}  # only for the type checker and the tests
 
