@@ -361,15 +361,15 @@ class EngineOptions:
         )
 
     def default_cpu_cache_bytes(self, *, memory_bytes: int) -> int:
-        """Size of an unset cache on a CPU with this much memory.
+        """Size of an unset cache of a data shard on a CPU with this much memory.
 
         512 MiB, or less where that is more than twice what all sequences at full length can hold, the other half being for the prefix
-        cache; more where a single sequence needs it, up to half the memory.
+        cache; more where a single sequence needs it, up to half the memory for all shards.
         """
         block_bytes = self.block_size * self._token_bytes_on("cpu")
         sequence_bytes = blocks_per_sequence(self.scheduler, self.block_size) * block_bytes
         useful_bytes = 2 * self.scheduler.max_num_seqs * sequence_bytes
-        return max(min(CPU_CACHE_BYTES, useful_bytes), min(sequence_bytes, memory_bytes // 2))
+        return max(min(CPU_CACHE_BYTES, useful_bytes), min(sequence_bytes, memory_bytes // 2 // self.mesh.data))
 
     def dtype_on(self, backend: str) -> DType:
         """Of the computation."""

@@ -27,7 +27,7 @@ WIDTH_OF_FILES = 120  # of the tables, where they go to a file or a pipe
 COMMAND = (sys.executable, "-P", "-m", "engine.plan_query")
 COMPILE_COMMAND = (sys.executable, "-P", "-m", "engine.compile_plan")
 WEIGHT_FORMATS = ("float32", "bfloat16", "int8", "int4")
-KV_FORMATS = ("float32", "bfloat16", "int8", "fp8")
+KV_FORMATS = ("auto", "float32", "bfloat16", "int8", "fp8")
 DOES_NOT_FIT = 1  # exit status
 
 
@@ -124,7 +124,7 @@ def _query(request: Request, machine: Machine, model: ModelConfig) -> dict[str, 
         "is_expert_parallel": machine.is_expert_parallel,
         "memory_share": machine.memory_share,
         "weights": request.weights,
-        "kv": request.kv,
+        "kv": None if request.kv == "auto" else request.kv,
         "block_size": request.block_size,
         "scheduler": {
             "max_model_len": longest,
