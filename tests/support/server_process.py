@@ -25,11 +25,16 @@ class RunningServer:
 
 
 @contextmanager
-def running_server(directory: Path, *arguments: str) -> Iterator[RunningServer]:
-    """Start `grok-server serve` on a free port; stops it with SIGTERM and asks for exit status 0. `directory` gets its log."""
+def running_server(directory: Path, *arguments: str, num_devices: int = 1) -> Iterator[RunningServer]:
+    """Start `grok-server serve` on a free port; stops it with SIGTERM and asks for exit status 0. `directory` gets its log.
+
+    Its engine finds as many devices as are asked for.
+    """
     log = directory / "server.log"
     command = [COMMAND, "serve", "--port", "0", "--compile-cache-dir", str(COMPILE_CACHE), *arguments]
     environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "GROK_SERVER_CHECK_SHAPES")}
+    if num_devices > 1:
+        environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={num_devices}"
     with (
         log.open("w") as stderr,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment) as server,
