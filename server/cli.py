@@ -47,12 +47,16 @@ def main() -> None:
 
 
 def serve(model_argument: str | None = None, **flags: Any) -> None:
-    """Serve a model over HTTP until SIGTERM or Ctrl-C."""
+    """Serve a model over HTTP until SIGTERM or Ctrl-C. With a --node-rank above 0, compute for the node that does."""
     given = _given(**flags)
     try:
         if model_argument is not None and given.setdefault("model", model_argument) != model_argument:
             raise ConfigError(f"two models are named, {model_argument} and --model {given['model']}; name one")
         settings = load_settings(given)
+        if settings.node_rank:
+            from server.node import follow_until_signal
+
+            return follow_until_signal(settings)
         from server.lifecycle import serve as serve_until_signal
 
         serve_until_signal(settings)
@@ -138,15 +142,23 @@ def convert(
     weights: Annotated[str | None, typer.Option("--weights", metavar="int8|bfloat16|int4", help="form of the matrices")] = None,
     group: Annotated[int, typer.Option("--group", metavar="64|128", help="rows that share a scale, of int4")] = 128,
     verify: Annotated[bool, typer.Option("--verify", help="convert nothing: compare DST with SRC, tensor by tensor")] = False,
+    compare_prompt: Annotated[
+        list[str] | None,
+        typer.Option("--compare-prompt", metavar="TEXT", help="compute this with both and show the error; may be repeated"),
+    ] = None,
+    compare_token_ids: Annotated[
+        list[str] | None, typer.Option("--compare-token-ids", metavar="N,N,...", help="the same, where there is no tokenizer")
+    ] = None,
 ) -> None:
     """Write a checkpoint as safetensors, in 8, 16 or 4 bits.
 
     An interrupted conversion is taken up again by the same command; until it has ended nothing loads its directory.
     """
     try:
-        from server.conversion import convert_or_compare
+        from server.conversion import ComparedPrompts, convert_or_compare
 
-        convert_or_compare(source, target, weights=weights, group=group, is_compared=verify)
+        prompts = ComparedPrompts(texts=tuple(compare_prompt or ()), token_ids=tuple(compare_token_ids or ()))
+        convert_or_compare(source, target, weights=weights, group=group, is_compared=verify, prompts=prompts)
     except EngineError as error:
         _fail(error)
 
@@ -166,7 +178,9 @@ def plan(
         bool, typer.Option("--enable-expert-parallel", help="whole experts on each device instead of slices of all")
     ] = False,
     weights: Annotated[str, typer.Option("--weights", metavar="float32|bfloat16|int8|int4", help="form of the weights")] = "int8",
-    kv_cache_dtype: Annotated[str, typer.Option("--kv-cache-dtype", metavar="float32|bfloat16|int8|fp8", help="of the cache")] = "bfloat16",
+    kv_cache_dtype: Annotated[
+        str, typer.Option("--kv-cache-dtype", metavar="auto|float32|bfloat16|int8|fp8", help="of the cache")
+    ] = "auto",
     block_size: Annotated[int, typer.Option("--block-size", min=1, metavar="N", help="tokens per block of the cache")] = 16,
     max_model_len: Annotated[int | None, typer.Option("--max-model-len", min=1, metavar="N", help="longest sequence, in tokens")] = None,
     max_num_seqs: Annotated[int, typer.Option("--max-num-seqs", min=1, metavar="N", help="sequences running at once")] = 64,

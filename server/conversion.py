@@ -1,4 +1,4 @@
-"""`grok-server convert`: a progress bar while a checkpoint is converted, and a table of how far the result is from its source.
+"""`grok-server convert`: a progress bar while a checkpoint is converted, and tables of how far weights and logits are from the source's.
 
 The work is done by `python -m engine.checkpoint convert`; what it prints is drawn here, as a bar on a terminal and as a line every few
 seconds elsewhere.
@@ -7,13 +7,16 @@ seconds elsewhere.
 import sys
 import time
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from rich.console import Console as Terminal
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
+from rich.text import Text
 
 from engine.errors import CheckpointError, ConfigError
 from server.checkpoint_process import checkpoint_lines
@@ -25,18 +28,42 @@ SECONDS_BETWEEN_LINES = 10.0  # where stdout is no terminal
 WIDTH_OF_FILES = 200  # of the table, where it goes to a file or a pipe
 
 
-def convert_or_compare(source: Path, target: Path, *, weights: str | None, group: int, is_compared: bool) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ComparedPrompts:
+    """Prompts whose logits are compared behind a conversion: texts, and token ids with commas or spaces between them."""
+
+    texts: tuple[str, ...] = ()
+    token_ids: tuple[str, ...] = ()
+
+    @property
+    def arguments(self) -> list[str]:
+        """For `python -m engine.checkpoint logits`. Raises `ConfigError` for what are no token ids."""
+        arguments = [f"--prompt={text}" for text in self.texts]
+        for given in self.token_ids:
+            token_ids = given.replace(",", " ").split()
+            if not token_ids or not all(token_id.isascii() and token_id.isdigit() and len(token_id) < 20 for token_id in token_ids):
+                raise ConfigError(f"--compare-token-ids must be like 1,523,42, found {given!r}")
+            arguments.append(f"--token-ids={' '.join(token_ids)}")
+        return arguments
+
+
+def convert_or_compare(source: Path, target: Path, *, weights: str | None, group: int, is_compared: bool, prompts: ComparedPrompts) -> None:
     """What the command does. Raises `ConfigError` for arguments that make no sense, `CheckpointError` for files."""
+    compared = prompts.arguments
     if is_compared:
         if weights is not None:
             raise ConfigError("--verify compares what is there; leave --weights out, or convert first and compare then")
         show_comparison(source, target)
-        return
-    if weights not in WEIGHTS:
-        raise ConfigError(f"--weights must be one of {', '.join(WEIGHTS)}" + (f", found {weights}" if weights else ""))
-    if group not in GROUPS:
-        raise ConfigError(f"--group must be {' or '.join(map(str, GROUPS))}, found {group}")
-    show_conversion(source, target, weights=weights, group=group)
+    else:
+        if weights not in WEIGHTS:
+            raise ConfigError(f"--weights must be one of {', '.join(WEIGHTS)}" + (f", found {weights}" if weights else ""))
+        if group not in GROUPS:
+            raise ConfigError(f"--group must be {' or '.join(map(str, GROUPS))}, found {group}")
+        if compared:  # what would be in the way is told before the work
+            list(checkpoint_lines("logits", str(source), "--weights", weights, "--group", str(group), *compared))
+        show_conversion(source, target, weights=weights, group=group)
+    if compared:
+        show_logit_errors(source, target, compared)
 
 
 def show_conversion(source: Path, target: Path, *, weights: str, group: int) -> None:
@@ -107,6 +134,26 @@ def show_comparison(source: Path, target: Path) -> None:
         terminal.print(f"{totals['tensors']} tensors, all equal to the bit")
     else:
         terminal.print(f"{totals['tensors']} tensors, {totals['exact']} equal to the bit, RMS error at most {totals['max_rms_error']:.2%}")
+
+
+def show_logit_errors(source: Path, target: Path, prompts: list[str]) -> None:
+    """Print how far the logits of each prompt are from the source's. Raises `CheckpointError` where they cannot be computed."""
+    terminal = _terminal()
+    table = Table("prompt", "tokens", "logit error, largest", "RMS", "logits' standard deviation", "same likeliest token", box=None)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    with closing(checkpoint_lines("logits", str(source), str(target), *prompts)) as lines, terminal.status("computing logits"):
+        for line in lines:
+            match line:
+                case {"logits": error}:
+                    numbers = (f"{error[name]:.3g}" for name in ("max_error", "rms_error", "std_of_logits"))
+                    prompt = Text(shorten(error["prompt"], 60, placeholder="..."))
+                    table.add_row(prompt, f"{error['num_tokens']:,}", *numbers, f"{error['same_likeliest']:.1%}")
+                case {"totals": _}:
+                    pass
+                case other:
+                    raise CheckpointError(f"the comparison printed {other!r}, which is unknown here")
+    terminal.print(table)
 
 
 def _terminal() -> Terminal:

@@ -3,9 +3,11 @@
     inspect DIR [--verify]
     convert SRC DST --weights int8|bfloat16|int4 [--group 64|128]
     convert --verify SRC DST
+    logits SRC [DST | --weights ...] [--prompt TEXT]... [--token-ids "ID ID ..."]...
 
-Lines are `{"tensor": ...}` or `{"comparison": ...}` as each tensor is checked, `{"progress": ...}` meanwhile, then `{"totals": ...}`; on a
-problem the last line is `{"error": message}` and the exit status 2. `grok-server inspect` and `grok-server convert` run this and draw it.
+Lines are `{"tensor": ...}` or `{"comparison": ...}` as each tensor is checked, `{"logits": ...}` as each prompt is computed, and
+`{"progress": ...}` meanwhile, then `{"totals": ...}`; on a problem the last line is `{"error": message}` and the exit status 2. Without a
+DST, `logits` only looks whether it could be done. `grok-server inspect` and `grok-server convert` run this and draw it.
 """
 
 import argparse
@@ -15,14 +17,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from engine.checkpoint.checkpoint import open_checkpoint
 from engine.checkpoint.compare import Comparison, compare
+from engine.checkpoint.compare_logits import LogitError, Prompts, check, compare_logits
 from engine.checkpoint.convert import ConvertProgress, Settings, convert
 from engine.checkpoint.store import INT4_GROUPS
 from engine.checkpoint.tensors import HostTensor
 from engine.checkpoint.verify import verify
 from engine.config import read_model_config
 from engine.errors import EngineError
+from engine.host_memory import host_memory_bytes
 from engine.types import Progress
 
 
@@ -41,10 +47,19 @@ def main() -> int:
     convert_parser.add_argument(
         "--group", type=int, choices=INT4_GROUPS, default=Settings(weights="int4").group, help="rows per scale, of int4"
     )
+    logits_parser = commands.add_parser("logits", help="compare the logits of two checkpoints of a model")
+    logits_parser.add_argument("source", type=Path, metavar="SRC")
+    logits_parser.add_argument("target", type=Path, metavar="DST", nargs="?")
+    logits_parser.add_argument("--weights", choices=("int8", "bfloat16", "int4"))
+    logits_parser.add_argument("--group", type=int, choices=INT4_GROUPS, default=Settings(weights="int4").group)
+    logits_parser.add_argument("--prompt", action="append", default=[], help="a text")
+    logits_parser.add_argument("--token-ids", action="append", default=[], help="token ids with spaces between them")
     arguments = parser.parse_args()
     try:
         if arguments.command == "inspect":
             inspect(arguments.directory, is_verified=arguments.verify)
+        elif arguments.command == "logits":
+            _print_logit_errors(arguments)
         elif arguments.verify:
             _print_comparison(arguments.source, arguments.target)
         else:
@@ -101,6 +116,19 @@ def _print_comparison(source: Path, target: Path) -> None:
             "max_rms_error": max(comparison.rms_error for comparison in found),
         }
     )
+
+
+def _print_logit_errors(arguments: argparse.Namespace) -> None:
+    prompts = Prompts(
+        texts=tuple(arguments.prompt), token_ids=tuple(tuple(map(int, token_ids.split())) for token_ids in arguments.token_ids)
+    )
+    settings = Settings(weights=arguments.weights, group=arguments.group) if arguments.weights else None
+    check(arguments.source, prompts, memory_bytes=host_memory_bytes(), target=arguments.target, settings=settings)
+    found: list[LogitError] = []
+    if arguments.target is not None:
+        jax.config.update("jax_platforms", "cpu")
+        found = compare_logits(arguments.source, arguments.target, prompts, report=lambda error: _print(logits=asdict(error)))
+    _print(totals={"prompts": len(found)})
 
 
 def _print_compared(comparison: Comparison) -> None:

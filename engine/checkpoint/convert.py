@@ -37,7 +37,7 @@ from engine.checkpoint.store import (
     is_weights_file,
     weights_file_name,
 )
-from engine.checkpoint.tensors import Checkpoint, HostTensor, StoredArray, WeightForm
+from engine.checkpoint.tensors import Checkpoint, HostTensor, WeightForm
 from engine.config import ModelConfig, model_directories, read_model_config
 from engine.errors import CheckpointError
 from engine.model.params import ParamSpec
@@ -96,7 +96,7 @@ class _File:
 
     @property
     def size(self) -> int:
-        return len(self.header) + sum(_num_bytes(entry) for entry in self.entries)
+        return len(self.header) + sum(entry.num_bytes for entry in self.entries)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,11 +119,16 @@ def convert(
     config = read_model_config(source)
     checkpoint = open_checkpoint(source, config)
     config = _target_config(config, checkpoint, settings)
-    entries = [_entry(tensor, config, settings) for tensor in checkpoint.tensors.values()]
+    entries = target_entries(checkpoint, config, settings)
     identity = _identity(checkpoint, config, settings, max_file_bytes)
     files = _plan_files(entries, identity, max_file_bytes)
     with _exclusive(target):
         return _Conversion(checkpoint, config, files, target, identity, report=report).run(_copied(source, config))
+
+
+def target_entries(checkpoint: Checkpoint, config: ModelConfig, settings: Settings) -> list[TensorEntry]:
+    """What a conversion writes of every tensor. Raises `CheckpointError` for groups that do not divide a matrix."""
+    return [_entry(tensor, config, settings) for tensor in checkpoint.tensors.values()]
 
 
 class _Conversion:
@@ -386,16 +391,12 @@ def _target_config(config: ModelConfig, checkpoint: Checkpoint, settings: Settin
     return replace(config, row_parallel_scale_groups=groups or (1 if settings.weights == "int8" else None))
 
 
-def _num_bytes(entry: TensorEntry) -> int:
-    return sum(StoredArray(dtype=dtype, shape=shape, offset=0).num_bytes for dtype, shape in entry.arrays.values())
-
-
 def _plan_files(entries: list[TensorEntry], identity: str, max_file_bytes: int) -> list[_File]:
     """As many tensors in each file as fit, in the order of the source."""
     runs: list[list[TensorEntry]] = []
     size = 0
     for entry in entries:
-        num_bytes = _num_bytes(entry)
+        num_bytes = entry.num_bytes
         if not runs or size + num_bytes > max_file_bytes:
             runs.append([])
             size = 0

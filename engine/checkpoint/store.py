@@ -19,7 +19,7 @@ from typing import Any
 from engine.checkpoint.files import read_small_file
 from engine.checkpoint.released import check_scales
 from engine.checkpoint.safetensors_format import SafetensorsFile, read_safetensors
-from engine.checkpoint.tensors import Checkpoint, HostTensor, StoredDType, WeightForm
+from engine.checkpoint.tensors import Checkpoint, HostTensor, StoredArray, StoredDType, WeightForm
 from engine.config import ModelConfig
 from engine.errors import CheckpointError
 from engine.model.params import LayerParams, Params, ParamSpec, each_spec, param_specs
@@ -73,6 +73,10 @@ class TensorEntry:
     name: str
     form: WeightForm
     arrays: Arrays
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(StoredArray(dtype=dtype, shape=shape, offset=0).num_bytes for dtype, shape in self.arrays.values())
 
     def as_json(self) -> dict[str, Any]:
         arrays = {name: {"dtype": dtype, "shape": list(shape)} for name, (dtype, shape) in self.arrays.items()}

@@ -32,6 +32,20 @@ def test_a_checkpoint_is_converted_compared_and_inspected(tmp_path: Path):
     assert "num digests 2" in inspected.stdout
 
 
+def test_the_logit_error_of_a_prompt_is_shown_behind_a_conversion_and_behind_a_comparison(tmp_path: Path):
+    released = write_released(tmp_path / "released")
+    prompt = ("--compare-token-ids", "1, 5, 9, 31")
+
+    done = grok_server("convert", released, tmp_path / "int4", "--weights", "int4", "--group", "64", *prompt)
+    compared = grok_server("convert", "--verify", released, tmp_path / "int4", *prompt)
+
+    assert (done.returncode, done.stderr, compared.returncode, compared.stderr) == (0, "", 0, "")
+    assert "26 tensors as int4" in done.stdout
+    row = next(line for line in done.stdout.splitlines() if "1 5 9 31" in line)
+    assert row.split()[4] == "4"
+    assert row in compared.stdout.splitlines()
+
+
 def test_what_cannot_be_converted_is_one_line_and_status_2(tmp_path: Path):
     released = write_released(tmp_path / "released")
     (tmp_path / "full").mkdir()
@@ -42,6 +56,8 @@ def test_what_cannot_be_converted_is_one_line_and_status_2(tmp_path: Path):
         ([released, tmp_path / "out", "--weights", "int3"], "--weights must be one of int8, bfloat16, int4, found int3"),
         ([released, tmp_path / "out", "--weights", "int4", "--group", "32"], "--group must be 64 or 128, found 32"),
         ([released, tmp_path / "out", "--weights", "int8", "--verify"], "--verify compares what is there"),
+        ([released, tmp_path / "out", "--weights", "int8", "--compare-token-ids", "1,x"], "must be like 1,523,42, found '1,x'"),
+        ([released, tmp_path / "out", "--weights", "int8", "--compare-prompt", "-x"], "there is no tokenizer.model for --compare-prompt"),
         ([released, tmp_path / "full", "--weights", "int8"], "is not empty"),
         ([tmp_path / "nowhere", tmp_path / "out", "--weights", "int8"], "found nothing"),
         (["--verify", released, tmp_path / "full"], "holds no checkpoint"),
@@ -50,6 +66,7 @@ def test_what_cannot_be_converted_is_one_line_and_status_2(tmp_path: Path):
         assert (result.returncode, result.stdout) == (2, "")
         assert complaint in result.stderr
         assert len(result.stderr.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_server_refuses_an_unfinished_conversion(tmp_path: Path):
