@@ -19,7 +19,6 @@ a service manager's SIGTERM reach the whole process group and are ignored here: 
 import argparse
 import ctypes
 import faulthandler
-import gc
 import os
 import queue
 import signal
@@ -38,6 +37,7 @@ from engine.config import EngineConfig, EngineOptions
 from engine.constraints import Grammars
 from engine.errors import DoesNotFitError, EngineError, RequestError, TransportError
 from engine.grammar import GrammarMatcher, GrammarTokenizer
+from engine.heap import settle_heap, share_arenas
 from engine.messages import (
     Abort,
     Begun,
@@ -178,7 +178,7 @@ def run_engine(channel: BlockingChannel, *, builder: Builder, on_disconnect: Cal
         with _first_to_go():
             with suppress(EngineError), _signs_of_life(channel):  # an error is told when it is built
                 builder.prepare(configure.options, backend=configure.backend)
-            _settle_memory()
+            settle_heap()
             configure = inbox.get()
     if configure is None:
         return 0
@@ -192,7 +192,7 @@ def run_engine(channel: BlockingChannel, *, builder: Builder, on_disconnect: Cal
         channel.send(encode(Failed(str(error), plan=error.plan if isinstance(error, DoesNotFitError) else None)))
         return START_FAILED
     loop = EngineLoop(core, send=lambda message: channel.send(encode(message)))
-    _settle_memory()
+    settle_heap()
     channel.send(encode(Ready(core.info)))
     while True:
         for message in _arrived(inbox, wait_s=0.0 if core.has_work else SIGN_OF_LIFE_S):
@@ -329,15 +329,6 @@ def _arrived(inbox: "queue.SimpleQueue[FromServer | None]", *, wait_s: float) ->
         return
 
 
-def _settle_memory() -> None:
-    """Give back what only the start needed, and take the rest out of the garbage collector's sight: a pass over it would stall a step."""
-    gc.collect()
-    gc.freeze()
-    if sys.platform == "linux":
-        with suppress(AttributeError):  # not every C library has it
-            ctypes.CDLL(None).malloc_trim(0)
-
-
 def die_with_parent() -> None:
     """On Linux, have the kernel kill this process at the end of the thread that started it (the server's main thread), even while stopped.
 
@@ -360,6 +351,7 @@ def _give_up(channel: BlockingChannel, reason: str) -> Never:
 def main() -> None:
     """Ends the process itself, past interpreter shutdown, which would wait for threads of the runtime."""
     die_with_parent()
+    share_arenas()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     faulthandler.enable()
