@@ -3,8 +3,7 @@
 import errno
 import json
 import os
-import resource
-import signal
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,6 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from full_disk import NO_DISK
 from small_checkpoints import CONFIG, converted, edit_json, opened, write_released
 
 from engine.checkpoint.compare import Comparison, compare
@@ -305,15 +305,43 @@ def test_two_conversions_do_not_write_into_one_directory(released: Path, tmp_pat
 # A full disk
 
 
+LIMITED = """
+import resource, runpy, sys
+most_bytes = int(sys.argv.pop(1))
+resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
+runpy.run_module("engine.checkpoint", run_name="__main__")
+"""
+
+
 def run_convert(source: Path, target: Path, *, most_bytes: int) -> "subprocess.CompletedProcess[str]":
     """The command, in a process whose files may not grow beyond `most_bytes`."""
+    command = [sys.executable, "-c", LIMITED, str(most_bytes), "convert", str(source), str(target), "--weights", "int8"]
+    return subprocess.run(command, capture_output=True, text=True)
 
-    def limit() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
 
-    command = [sys.executable, "-m", "engine.checkpoint", "convert", str(source), str(target), "--weights", "int8"]
-    return subprocess.run(command, capture_output=True, text=True, preexec_fn=limit)
+@pytest.mark.parametrize("after", [0, 5, 26])
+def test_a_disk_that_fills_up_ends_a_conversion_and_the_next_run_ends_it_as_if_nothing_had_been(released: Path, tmp_path: Path, after: int):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    unshare = shutil.which("unshare") or pytest.skip("there is no unshare")
+    program = Path(__file__).parents[1] / "support" / "full_disk.py"
+    command = [unshare, "--user", "--map-root-user", "--mount", sys.executable, program, released, disk, str(after)]
+
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(program.parents[2])})
+
+    if done.returncode == NO_DISK or done.stderr.startswith("unshare:"):
+        pytest.skip(f"a disk cannot be mounted here: {done.stderr.strip()}")
+    assert (done.returncode, done.stderr) == (0, "")
+    found = json.loads(done.stdout)
+    assert (
+        f"cannot be written: {os.strerror(errno.ENOSPC)}; the finished files are kept: make room and run the same again" in found["first"]
+    )
+    assert "manifest.json" not in found["left"]
+    assert not [name for name in found["left"] if name.endswith(".part")]
+    assert "a conversion was interrupted" in found["loads"]
+    assert found["kept"] == sum(name.startswith("weights-") for name in found["left"])
+    resumed, undisturbed = found["digests"]
+    assert resumed == undisturbed
 
 
 def test_a_write_that_fails_is_one_line_and_leaves_nothing_that_loads(released: Path, tmp_path: Path) -> None:
