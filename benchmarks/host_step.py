@@ -67,6 +67,9 @@ class NullRunner:
     def choose(self, launched: NullOutput, *, dropped: object = ()) -> NullOutput:  # noqa: ARG002
         return launched
 
+    def is_done(self, output: NullOutput) -> bool:  # noqa: ARG002
+        return True
+
     def collect(self, output: NullOutput) -> NullOutput:
         return output
 

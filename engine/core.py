@@ -57,6 +57,7 @@ class Runner(Protocol):
     def write_masks(self, masks: list[tuple[int, NDArray[np.int32]]]) -> None: ...
     def launch(self, batch: Batch) -> Any: ...
     def choose(self, launched: Any, *, dropped: list[int] = ...) -> Any: ...
+    def is_done(self, output: Any) -> bool: ...
     def collect(self, output: Any) -> Any: ...
 
 
@@ -126,6 +127,7 @@ class EngineCore:
         self._advancing: dict[Constraint, _Chosen] = {}
         self._masks: dict[int, NDArray[np.int32]] = {}  # by slot: what the device knows of the sequence in it
         self._in_flight: _InFlight | None = None
+        self._ahead: _InFlight | None = None  # launched behind it by a call that did not wait for it
         self._next_deadline_s = math.inf  # nobody's deadline is earlier
         self._num_arrivals = 0
         self._num_steps = 0
@@ -133,11 +135,6 @@ class EngineCore:
     @property
     def has_work(self) -> bool:
         return self.scheduler.has_work or bool(self._compiling)
-
-    @property
-    def is_computing(self) -> bool:
-        """Whether the device has a step whose result nobody has asked for yet."""
-        return self._in_flight is not None
 
     def check(self, request: GenerationRequest, output_token_ids: tuple[int, ...]) -> None:
         """Raises `RequestError` for a request that could never run."""
@@ -181,13 +178,18 @@ class EngineCore:
     def step(self, *, may_wait: bool = True) -> list[TokenDelta]:
         """Launch a step and return what the one before it made known. Where only threads can bring the work on, wait for them a moment.
 
-        With `may_wait=False` do not: the thread has other cores to see to. Raises `RuntimeError` if work is pending and none can be done.
+        With `may_wait=False` wait for neither device nor threads: what is not there yet is a later call's. Raises `RuntimeError` if work is
+        pending and none can be done.
         """
         deltas = self._expire()
         if self._grammars is not None:
             deltas += self._resume(self._grammars.take())
-        launched = self._launch(self.scheduler.schedule())
-        collected, self._in_flight = self._in_flight, launched
+        if self._ahead is None:
+            self._ahead = self._launch(self.scheduler.schedule())
+        if not may_wait and self._in_flight is not None and not self.runner.is_done(self._in_flight.output):
+            return deltas
+        collected, self._in_flight, self._ahead = self._in_flight, self._ahead, None
+        launched = self._in_flight
         if collected is not None:
             deltas += self._commit(collected)
         elif launched is None and self.has_work:

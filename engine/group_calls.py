@@ -67,6 +67,9 @@ class LeadingRunner:
         self._send(Choose(self._replica, tuple(dropped)))
         return self._runner.choose(launched, dropped=list(dropped))
 
+    def is_done(self, output: Any) -> bool:
+        return self._runner.is_done(output)
+
     def collect(self, output: Any) -> Any:
         """Nobody else needs to know the results."""
         return self._runner.collect(output)

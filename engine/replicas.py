@@ -9,11 +9,12 @@ twice. Where a request is computed changes when its tokens come, never which (on
 Each core has a queue, a cache and grammar threads of its own, and shares its slots fairly among the tenants in it. As every tenant's
 requests go where there is least to do, a tenant with many has them everywhere.
 
-All cores live on the engine's one thread. A core launches its next step before it waits for the last one, and returns with that step
-running; so while the host waits for one core, the devices of all others compute. What it costs: a turn takes as long as the longest step
-in it, and a core whose own was shorter idles for the rest.
+All cores live on the engine's one thread, which waits for none of them while several have work: it looks in turn what is done, gives each
+device its next step, and sleeps a moment where nothing was. So the devices compute side by side, each at its own pace, with a step ahead of
+the host. What is left of the others' company: the host's own work, which a device notices where it takes longer than a step.
 """
 
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -25,6 +26,7 @@ from engine.prefix_cache import block_keys
 from engine.types import EngineInfo, EngineStats, GenerationRequest, TokenDelta
 
 PREFIX_WEIGHT = 2
+POLL_S = 0.0002
 MOST_EXPECTED_TOKENS = 256  # of output: a request may ask for far more than it will get
 
 
@@ -106,11 +108,14 @@ class Replicas:
             self._forget(request_id).core.abort(request_id)
 
     def step(self) -> list[TokenDelta]:
-        """One step of every core that has work. Raises what a core raises: the failure of one is the failure of all."""
+        """What the cores with work are through with, if anything. Raises what a core raises: the failure of one is that of all."""
         busy = [core for core in self.cores if core.has_work]
-        deltas: list[TokenDelta] = []
-        for core in busy:
-            deltas += core.step(may_wait=not any(other.is_computing for other in busy if other is not core))
+        if len(busy) == 1:
+            deltas = busy[0].step()
+        else:
+            deltas = [delta for core in busy for delta in core.step(may_wait=False)]
+            if not deltas:
+                time.sleep(POLL_S)
         for delta in deltas:
             if delta.finish_reason is not None:
                 self._forget(delta.request_id)

@@ -124,6 +124,10 @@ class ModelRunner:
         token_ids, is_finite, logprobs = _copied(chosen)
         return StepOutput(token_ids, is_finite, logprobs, output.scores)
 
+    def is_done(self, output: StepOutput) -> bool:
+        """Whether `collect` would not wait."""
+        return all(array.is_ready() for array in jax.tree.leaves(output))
+
     def collect(self, output: StepOutput) -> StepOutput:
         """Wait for a launched step and bring its result to the host as NumPy arrays."""
         return jax.tree.map(np.asarray, output)

@@ -22,7 +22,7 @@ class Sequence:
     max_len: int = field(init=False)  # tokens it has when it ends by length
     arrival: int  # order of arrival
     token_ids: list[int]  # prompt, then output; without the pending token
-    num_pending_tokens: int = 0  # chosen by launched steps that are not collected yet: 0 or 1, and 2 while a step is being launched
+    num_pending_tokens: int = 0  # chosen by launched steps that are not collected yet: 0 or 1, and 2 while a step is launched ahead
     num_computed_tokens: int = 0  # leading tokens whose keys and values are in the cache once all launched steps are done
     block_ids: MutableSequence[int] = field(default_factory=lambda: array("i"))  # grows at the end only, until all are given back
     block_keys: list[bytes] = field(default_factory=list[bytes])  # prefix-cache keys of the leading full blocks, as far as computed

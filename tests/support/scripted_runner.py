@@ -63,6 +63,7 @@ class Launched:
     step: StepInput
     slots: "list[Slot]"
     output: ScriptedOutput | None = None
+    num_looks: int = 0  # how often it was asked whether the result is there
 
 
 def extend(context: int, token: int) -> int:
@@ -235,6 +236,7 @@ class ScriptedRunner:
         self.num_late_compilations = 0
         self.batches: list[Batch] = []
         self.num_ahead = 0  # steps launched before the one before was collected
+        self.num_looks = 0  # that find a step undone, before it is
         self._block_size = config.cache.block_size
         self._cache: list[list[int | None]] = [[None] * self._block_size for _ in range(config.cache.num_blocks + 1)]
         self._writers: dict[int, Slot] = {}  # by block: who wrote its first place last
@@ -294,6 +296,11 @@ class ScriptedRunner:
             slot.next_position = item.start
         launched.output = self._choose(launched.step, launched.batch, launched.slots, dropped)
         return launched
+
+    def is_done(self, output: Launched) -> bool:
+        assert output is self._in_flight[0], "another step is done first"
+        output.num_looks += 1
+        return output.num_looks > self.num_looks
 
     def collect(self, output: Launched) -> ScriptedOutput:
         assert output is self._in_flight.popleft(), "steps are collected in the order of their launches"
@@ -587,7 +594,7 @@ def check_conservation(core: EngineCore) -> None:
         assert num_shared % block_size == 0, "a block is shared in part"
         assert num_shared <= len(blocks) * block_size, "more is shared than held"
         assert sequence.num_computed_tokens <= len(blocks) * block_size, "more is computed than held"
-        assert sequence.num_pending_tokens in (0, 1)
+        assert 0 <= sequence.num_pending_tokens <= (1 if core._ahead is None else 2)
     for sequence in waiting:
         assert (len(sequence.block_ids), sequence.num_computed_tokens, sequence.slot) == (0, 0, None), "a waiting sequence holds something"
     assert pool.num_free + pool.num_held == pool.num_blocks
