@@ -3,7 +3,8 @@
     python scripts/write_wide_checkpoint.py --out DIR [--layers N] [--seed N]
 
 For trials of loading and of memory on shapes that matter. The int8 weights are drawn evenly from -127 to 127 and scaled to the spread that
-training starts from, so that no activation grows or dies away. A few million numbers are in memory at a time; `scripts/write_checkpoint.py`
+training starts from, so that no activation grows or dies away; embeddings are small beside what the layers add, or every token would be
+followed by itself. A few million numbers are in memory at a time; `scripts/write_checkpoint.py`
 takes any configuration, and draws whole tensors.
 """
 
@@ -30,6 +31,7 @@ from engine.model.params import ParamSpec
 
 PRESET = Path(__file__).resolve().parent.parent / "configs" / "models" / "grok-1.json"
 BLOCK_NUMBERS = 16 << 20
+EMBEDDING_STD = 0.05  # of that of a matrix
 SMALL_NUMBERS = 1 << 20  # tensors up to here are drawn whole
 
 
@@ -79,7 +81,8 @@ def _write(path: Path, spec: ParamSpec, config: ModelConfig, *, seed: int, advan
     random = np.random.default_rng([seed, *spec.name.encode()])
     std = np.float32(spec.fan_in**-0.5)
     if not spec.is_quantized:
-        write_tensor_in_blocks(path, spec.shape, np.float32, _normal(random, std, prod(spec.shape), advance))
+        blocks = _normal(random, np.float32(EMBEDDING_STD) * std, prod(spec.shape), advance)
+        write_tensor_in_blocks(path, spec.shape, np.float32, blocks)
         return
     *lead, _, columns = spec.shape
     spread = random.uniform(0.5, 1.5, (*lead, scale_groups(spec, config), columns))

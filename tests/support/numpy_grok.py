@@ -1,4 +1,4 @@
-"""Grok-1 once more, in NumPy float64: dense attention over the whole prompt, no cache, no batch, one expert of one token at a time.
+"""Grok-1 once more, in NumPy float64: dense attention over the whole prompt, no cache, no batch, one expert after the other.
 
 Follows the description of the released code (xai-org/grok-1, model.py), shares no arithmetic with `engine/model` or `engine/ops`, and is
 what they are compared with.
@@ -16,14 +16,18 @@ Floats = NDArray[np.float64]
 
 def numpy_logits(params: Params, prompt: list[int], config: ModelConfig) -> Floats:
     """Logits [prompt length, V] of plain (not quantised) weights."""
-    weights: Params = jax.tree.map(lambda array: np.asarray(array).astype(np.float64), params)
+    return logits_of_weights(jax.tree.map(lambda array: np.asarray(array).astype(np.float64), params), prompt, config)
+
+
+def logits_of_weights(weights: Params, prompt: list[int], config: ModelConfig, *, first: int = 0) -> Floats:
+    """The logits from position `first` on. Weights are float64 arrays, or whatever NumPy can multiply with and index like these."""
     x = weights.embedding[prompt] * config.embedding_multiplier_scale
     for layer in weights.layers:
         attended = _attention(layer, _norm(x, layer.pre_attention_norm, config), config)
         x = x + _norm(attended, layer.post_attention_norm, config)
         mixed = _experts(layer, _norm(x, layer.pre_moe_norm, config), config)
         x = x + _norm(mixed, layer.post_moe_norm, config)
-    return _norm(x, weights.final_norm, config) @ weights.embedding.T * config.output_multiplier_scale
+    return _norm(x[first:], weights.final_norm, config) @ weights.embedding.T * config.output_multiplier_scale
 
 
 def _norm(x: Floats, scale: Floats, config: ModelConfig) -> Floats:
@@ -56,11 +60,13 @@ def _rotated(x: Floats, config: ModelConfig) -> Floats:
 
 def _experts(layer: LayerParams, a: Floats, config: ModelConfig) -> Floats:
     probs = _softmax(a @ layer.router)
+    chosen = np.argsort(-probs, kind="stable", axis=1)[:, : config.num_selected_experts]
     mixed = np.zeros_like(a)
-    for token, row in enumerate(probs):
-        for expert in np.argsort(-row, kind="stable")[: config.num_selected_experts]:
-            hidden = _gelu(a[token] @ layer.experts_gate[expert]) * (a[token] @ layer.experts_up[expert])
-            mixed[token] += row[expert] * (hidden @ layer.experts_down[expert])
+    for expert in np.unique(chosen):
+        gate, up, down = layer.experts_gate[expert], layer.experts_up[expert], layer.experts_down[expert]
+        tokens = np.flatnonzero((chosen == expert).any(axis=1))
+        hidden = _gelu(a[tokens] @ gate) * (a[tokens] @ up)
+        mixed[tokens] += probs[tokens, expert, None] * (hidden @ down)
     return mixed
 
 
