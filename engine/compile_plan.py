@@ -1,15 +1,17 @@
 """`python -m engine.compile_plan`: the whole decode step for a mesh, compiled from shapes alone.
 
 `grok-server plan --compile` runs it with the question that `engine/plan_query.py` answers, too. There are no weights and no files: the
-programs are traced in the form that accelerators get, with the weights as they are kept there. Where as many accelerators are here, XLA
-compiles for them, else for fake devices on the CPU. What the programs themselves say holds for every backend: where devices talk, how often
-and of how many bytes. What is the compiler's choice, temporaries and collectives that it adds or joins, holds for the one it compiled for.
+programs are traced in the form that accelerators get, with the weights as they are kept there. Where the compiler of the planned devices is
+installed (`engine/target.py`) it compiles for these, else XLA for as many fake devices on the CPU. What the programs themselves say holds
+for every backend: where devices talk, how often and of how many bytes. What is the compiler's choice, temporaries and collectives that it
+adds or joins, holds for the one that compiled.
 """
 
 import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
@@ -19,7 +21,7 @@ import jax
 import ml_dtypes
 import msgspec
 import numpy as np
-from jax.extend.backend import clear_backends
+from jax.sharding import Mesh
 
 from engine.checkpoint.load import param_shapes
 from engine.checkpoint.store import arrays_of
@@ -33,7 +35,8 @@ from engine.ops import tiles
 from engine.plan import make_plan
 from engine.plan_query import read_question
 from engine.programs import Programs
-from engine.sharding import make_meshes
+from engine.sharding import MESH_AXES, make_meshes
+from engine.target import devices_to_compile_for, forbid_timing
 
 LAYER_SCOPE = "jit(decoder_layer)"
 SCOPES = ("embed", "attention", "moe", "sample")  # as `engine/model/transformer.py` and `engine/programs.py` name them
@@ -71,13 +74,16 @@ class CompiledStep:
 class CompiledPlan:
     """All that was compiled."""
 
-    backend: str  # for which XLA compiled; the programs are an accelerator's
+    backend: str  # for which XLA compiled, the planned device or "cpu"; the programs are an accelerator's in any case
     num_layers: int
     steps: list[CompiledStep]
 
 
-def compile_plan(setup: Setup, *, cache_blocks: int, num_steps: int = 2) -> CompiledPlan:
-    """Compile the greedy step of the smallest bucket, and of the largest. Raises `ConfigError` for widths that do not divide."""
+def compile_plan(setup: Setup, *, cache_blocks: int, target: Sequence[Any] | None = None, num_steps: int = 2) -> CompiledPlan:
+    """Compile the greedy step of the smallest bucket, and of the largest, for the `target` devices or as many on the CPU.
+
+    Raises `ConfigError` for widths that do not divide.
+    """
     with tiles.for_accelerators():
         replica = MeshConfig(expert=setup.mesh.expert, tensor=setup.mesh.tensor)
         config = EngineConfig(
@@ -88,7 +94,10 @@ def compile_plan(setup: Setup, *, cache_blocks: int, num_steps: int = 2) -> Comp
             cache=CacheConfig(block_size=setup.block_size, num_blocks=cache_blocks, dtype=setup.kv),
             scheduler=setup.scheduler,
         )
-        (mesh,) = make_meshes(replica, setup.model)
+        if target is None:
+            (mesh,) = make_meshes(replica, setup.model)
+        else:
+            mesh = Mesh(np.array(target).reshape(replica.expert, replica.tensor), MESH_AXES)
         params = param_shapes(declared_checkpoint(setup), setup.model, dtype=setup.dtype, mesh=mesh, keep_int8=True)
         programs = Programs(config, params, mesh)
         layouts = sorted({programs.layouts[0], programs.layouts[-1]}, key=lambda layout: layout.num_tokens)[:num_steps]
@@ -110,7 +119,7 @@ def compile_plan(setup: Setup, *, cache_blocks: int, num_steps: int = 2) -> Comp
                     output_bytes=memory.output_size_in_bytes - memory.alias_size_in_bytes,
                 )
             )
-    return CompiledPlan(backend=jax.default_backend(), num_layers=setup.model.num_layers, steps=steps)
+    return CompiledPlan(backend="cpu" if target is None else target[0].device_kind, num_layers=setup.model.num_layers, steps=steps)
 
 
 def exchanges(found: list[Collective], *, num_layers: int) -> list[Exchange]:
@@ -174,9 +183,11 @@ def main() -> int:
     try:
         question = read_question(sys.stdin.buffer.read())
         setup = question.setup
-        have_devices(setup.shard_size)
         blocks = max(make_plan(question).cache_blocks, blocks_per_sequence(setup.scheduler, setup.block_size))
-        compiled = compile_plan(setup, cache_blocks=blocks)
+        pretend(setup.shard_size)
+        forbid_timing()
+        target = devices_to_compile_for(question.device, setup.shard_size)
+        compiled = compile_plan(setup, cache_blocks=blocks, target=target)
     except (EngineError, msgspec.DecodeError) as error:
         print(json.dumps({"error": str(error)}))
         return 2
@@ -184,14 +195,11 @@ def main() -> int:
     return 0
 
 
-def have_devices(count: int) -> None:
-    """Look for as many accelerators, and where they are not here, pretend with CPUs. Before anything else asks for devices."""
+def pretend(count: int) -> None:
+    """Have as many fake devices on the CPU, and leave accelerators alone. Before anything else asks jax for devices."""
     flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if not flag.startswith(_DEVICE_COUNT)]
     os.environ["XLA_FLAGS"] = " ".join([*flags, f"{_DEVICE_COUNT}={count}"])
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a server may run on them
-    if len(jax.devices()) < count:
-        clear_backends()
-        jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_platforms", "cpu")
 
 
 if __name__ == "__main__":

@@ -168,12 +168,14 @@ def temporary_bytes(setup: Setup, device: Device, *, step_bytes: int | None = No
     tokens, rows, size = scheduler.max_num_batched_tokens, scheduler.max_num_seqs, BYTES[setup.dtype]
     width = model.num_q_heads * model.key_size
     tiles = tokens // 8 + rows
+    num_experts = model.num_experts // setup.mesh.expert  # whose results exist at the same time
     return {
         "slots": slot_bytes(setup),
         "sampling": (rows * NUM_SAMPLING_ARRAYS + SCORED_ROWS) * model.vocab_size * 4,
         "activations": tokens * model.emb_size * (4 * size + 4 * model.num_selected_experts),
         "attention": tiles * 8 * (width // setup.shard_size) * 4 * 3,
-        "experts": 3 * tokens * (model.ffn_size // setup.mesh.tensor) * 4,
+        "experts": 3 * tokens * num_experts * (model.ffn_size // setup.mesh.tensor) * 4 + 2 * tokens * num_experts * model.emb_size * 4,
+        "int4 as bfloat16": 3 * num_experts * model.emb_size * (model.ffn_size // setup.mesh.tensor) * 2 if setup.weights == "int4" else 0,
         "runtime": FIXED_BYTES,
     }
 

@@ -98,7 +98,8 @@ def model_of(name: str) -> tuple[str, ModelConfig]:
 
 def ask(query: dict[str, Any], command: tuple[str, ...] = COMMAND) -> dict[str, Any]:
     """The plan for a query, in `engine/plan.py`'s form. Raises `ConfigError` with the one cause where the query makes no sense."""
-    process = subprocess.run(command, input=msgspec.json.encode(query), stdout=subprocess.PIPE, env=child_environment(), check=False)
+    environment = {"TF_CPP_MIN_LOG_LEVEL": "3"} | child_environment()  # without XLA's warnings
+    process = subprocess.run(command, input=msgspec.json.encode(query), stdout=subprocess.PIPE, env=environment, check=False)
     try:
         plan = json.loads(process.stdout)
     except ValueError:
@@ -217,7 +218,10 @@ def _compiled_parts(compiled: dict[str, Any]) -> Iterable[str | Table]:
             table.add_row(f"{row['kind']}, {row['scope'] or 'added'}", per_layer, f"{row['count']:,}", readable_bytes(row["num_bytes"]))
         yield table
     if backend == "cpu":
-        yield "The collectives are the program's own on any backend; the temporaries are the CPU compiler's, which keeps weights as floats."
+        yield (
+            "The collectives are the program's own on any backend; the temporaries are those of the CPU's compiler, which makes floats of "
+            "the weights. For the planned device's: install jax's CUDA plugin, which needs no GPU."
+        )
 
 
 def _alternatives_table(plan: dict[str, Any]) -> Table:

@@ -47,11 +47,10 @@ def mixture(
     return total
 
 
-def feed_forward(x: Float[Array, "rows d"], experts: Experts, expert: int) -> Float32[Array, "rows d"]:
-    """One expert: tanh-GELU on the gate only."""
-    gate, up, down = (weight[expert] for weight in experts)
-    hidden = jax.nn.gelu(linear(x, gate), approximate=True) * linear(x, up)
-    return linear(hidden.astype(x.dtype), down)
+def feed_forward(x: Float[Array, "rows d"], expert: Experts) -> Float32[Array, "rows d"]:
+    """One expert, whose weights are those of a stack without its first axis: tanh-GELU on the gate only."""
+    hidden = jax.nn.gelu(linear(x, expert.gate), approximate=True) * linear(x, expert.up)
+    return linear(hidden.astype(x.dtype), expert.down)
 
 
 def _sorted(x: Float[Array, "t d"], chosen: Int32[Array, "t k"], experts: Experts, num_tokens: Int32[Array, ""]) -> Float32[Array, "t k d"]:
@@ -71,7 +70,7 @@ def _sorted(x: Float[Array, "t d"], chosen: Int32[Array, "t k"], experts: Expert
         def compute_tile(i: Int32[Array, ""], results: Float32[Array, "pairs d"], expert: int = expert) -> Float32[Array, "pairs d"]:
             pairs = jax.lax.dynamic_slice_in_dim(padded_order, starts[expert] + i * TILE, TILE)
             is_own = i * TILE + jnp.arange(TILE, dtype=jnp.int32) < counts[expert]
-            rows = feed_forward(x[pairs // num_selected], experts, expert)
+            rows = feed_forward(x[pairs // num_selected], Experts(*(weight[expert] for weight in experts)))
             return results.at[jnp.where(is_own, pairs, num_pairs)].set(rows, mode="drop")
 
         results = jax.lax.fori_loop(0, -(-counts[expert] // TILE), compute_tile, results)
@@ -79,8 +78,12 @@ def _sorted(x: Float[Array, "t d"], chosen: Int32[Array, "t k"], experts: Expert
 
 
 def _dense(x: Float[Array, "t d"], chosen: Int32[Array, "t k"], experts: Experts) -> Float32[Array, "t k d"]:
-    results = jnp.zeros((*chosen.shape, x.shape[1]), jnp.float32)
-    for expert in range(experts.gate.shape[0]):
-        rows = feed_forward(x, experts, expert)
-        results = jnp.where((chosen == expert)[..., None], rows[:, None], results)
-    return results
+    """The experts are a batch dimension of each product, which an accelerator's compiler makes one kernel that reads int8 as it is.
+
+    Given them one by one, XLA first writes all of a layer's matrices to memory as floats.
+    """
+    num_experts = experts.gate.shape[0]
+    rows = jax.vmap(feed_forward)(jnp.broadcast_to(x, (num_experts, *x.shape)), experts)
+    is_own = (chosen >= 0) & (chosen < num_experts)
+    tokens = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None]
+    return jnp.where(is_own[..., None], rows[jnp.where(is_own, chosen, 0), tokens], 0.0)

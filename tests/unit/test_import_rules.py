@@ -15,6 +15,7 @@ DEVICE_SIDE = {
     "footprint",
     "plan",
     "hlo",
+    "target",
     "memory_check",
     "build",
     "compile_cache",
