@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
@@ -23,6 +23,7 @@ import msgspec
 import numpy as np
 from jax.sharding import Mesh
 
+from engine.batch import StepLayout
 from engine.checkpoint.load import param_shapes
 from engine.checkpoint.store import arrays_of
 from engine.checkpoint.tensors import ITEM_BYTES, Checkpoint, FileArray, HostArray, HostTensor, StoredArray, StoredDType
@@ -84,42 +85,47 @@ def compile_plan(setup: Setup, *, cache_blocks: int, target: Sequence[Any] | Non
 
     Raises `ConfigError` for widths that do not divide.
     """
-    with tiles.for_accelerators():
-        replica = MeshConfig(expert=setup.mesh.expert, tensor=setup.mesh.tensor)
-        config = EngineConfig(
-            model=setup.model,
-            model_dir="",
-            dtype=setup.dtype,
-            mesh=replica,
-            cache=CacheConfig(block_size=setup.block_size, num_blocks=cache_blocks, dtype=setup.kv),
-            scheduler=setup.scheduler,
+    steps: list[CompiledStep] = []
+    for layout, program, seconds in compiled_steps(setup, cache_blocks=cache_blocks, target=target, num_steps=num_steps):
+        memory = program.memory_analysis()
+        steps.append(
+            CompiledStep(
+                num_tokens=layout.num_tokens,
+                num_seqs=layout.num_seqs,
+                seconds=round(seconds, 1),
+                exchanges=exchanges(collectives(program.as_text()), num_layers=setup.model.num_layers),
+                argument_bytes=memory.argument_size_in_bytes,
+                temporary_bytes=memory.temp_size_in_bytes,
+                output_bytes=memory.output_size_in_bytes - memory.alias_size_in_bytes,
+            )
         )
-        if target is None:
-            (mesh,) = make_meshes(replica, setup.model)
-        else:
-            mesh = Mesh(np.array(target).reshape(replica.expert, replica.tensor), MESH_AXES)
-        params = param_shapes(declared_checkpoint(setup), setup.model, dtype=setup.dtype, mesh=mesh, keep_int8=True)
+    return CompiledPlan(backend="cpu" if target is None else target[0].device_kind, num_layers=setup.model.num_layers, steps=steps)
+
+
+def compiled_steps(
+    setup: Setup, *, cache_blocks: int, target: Sequence[Any] | None, num_steps: int
+) -> Iterator[tuple[StepLayout, Any, float]]:
+    """Buckets with their compiled programs, and how many seconds each took."""
+    replica = MeshConfig(expert=setup.mesh.expert, tensor=setup.mesh.tensor)
+    config = EngineConfig(
+        model=setup.model,
+        model_dir="",
+        dtype=setup.dtype,
+        mesh=replica,
+        cache=CacheConfig(block_size=setup.block_size, num_blocks=cache_blocks, dtype=setup.kv),
+        scheduler=setup.scheduler,
+    )
+    if target is None:
+        (mesh,) = make_meshes(replica, setup.model)
+    else:
+        mesh = Mesh(np.array(target).reshape(replica.expert, replica.tensor), MESH_AXES)
+    params = param_shapes(declared_checkpoint(setup), setup.model, dtype=setup.dtype, mesh=mesh, keep_int8=True)
+    with tiles.for_accelerators():
         programs = Programs(config, params, mesh)
-        layouts = sorted({programs.layouts[0], programs.layouts[-1]}, key=lambda layout: layout.num_tokens)[:num_steps]
-        steps: list[CompiledStep] = []
-        for layout in layouts:
+        for layout in sorted({programs.layouts[0], programs.layouts[-1]}, key=lambda layout: layout.num_tokens)[:num_steps]:
             start = time.monotonic()
             programs.compile_greedy(layout)
-            seconds = time.monotonic() - start
-            program: Any = programs.greedy_steps[layout]
-            memory = program.memory_analysis()
-            steps.append(
-                CompiledStep(
-                    num_tokens=layout.num_tokens,
-                    num_seqs=layout.num_seqs,
-                    seconds=round(seconds, 1),
-                    exchanges=exchanges(collectives(program.as_text()), num_layers=setup.model.num_layers),
-                    argument_bytes=memory.argument_size_in_bytes,
-                    temporary_bytes=memory.temp_size_in_bytes,
-                    output_bytes=memory.output_size_in_bytes - memory.alias_size_in_bytes,
-                )
-            )
-    return CompiledPlan(backend="cpu" if target is None else target[0].device_kind, num_layers=setup.model.num_layers, steps=steps)
+            yield layout, programs.greedy_steps[layout], time.monotonic() - start
 
 
 def exchanges(found: list[Collective], *, num_layers: int) -> list[Exchange]:
