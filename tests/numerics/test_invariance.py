@@ -19,7 +19,7 @@ from llguidance import LLMatcher
 from numpy.random import Generator
 from tiny_tokenizer import tiny_tokenizer
 
-from engine.config import CacheConfig, EngineConfig
+from engine.config import CacheConfig, EngineConfig, KVDType
 from engine.constraints import Grammars
 from engine.core import EngineCore
 from engine.grammar import GrammarMatcher, GrammarTokenizer
@@ -66,6 +66,10 @@ INFO = EngineInfo(
 )
 
 
+def with_cache(dtype: KVDType) -> EngineConfig:
+    return replace(CONFIG, cache=replace(CONFIG.cache, dtype=dtype))
+
+
 @pytest.fixture(scope="module")
 def harness() -> ForwardHarness:
     return ForwardHarness(CONFIG, random_params(MODEL, seed=3, dtype="float32"))
@@ -73,10 +77,14 @@ def harness() -> ForwardHarness:
 
 @pytest.fixture(scope="module")
 def runner() -> ModelRunner:
-    params, mesh = random_params(MODEL, seed=3, dtype="float32"), make_meshes(CONFIG.mesh, MODEL)[0]
-    programs = Programs(CONFIG, shapes_of(params), mesh)
+    return runner_of(CONFIG)
+
+
+def runner_of(config: EngineConfig) -> ModelRunner:
+    params, mesh = random_params(MODEL, seed=3, dtype="float32"), make_meshes(config.mesh, MODEL)[0]
+    programs = Programs(config, shapes_of(params), mesh)
     programs.compile(no_report)
-    return ModelRunner(CONFIG, params, mesh, programs)
+    return ModelRunner(config, params, mesh, programs)
 
 
 def draw_prompt(random: Generator, length: int) -> list[int]:
@@ -121,6 +129,23 @@ def test_nothing_that_a_block_held_before_reaches_its_next_owner(harness: Forwar
 
     for one, other in zip(clean, stale, strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "fp8"])
+def test_logits_are_the_same_bits_with_any_type_of_cache(harness: ForwardHarness, dtype: KVDType):
+    rounding = ForwardHarness(with_cache(dtype), harness.params)
+    random = np.random.default_rng(1)
+    work = [(PROMPTS[i], draw_chunks(random, len(PROMPTS[i]), largest=10)) for i in (6, 5, 2, 7)]
+
+    together = rounding.run(work, stale=np.nan)
+
+    for (prompt, _), logits in zip(work, together, strict=True):
+        (alone,) = rounding.run([(prompt, [len(prompt)])])
+        (by_token,) = rounding.run([(prompt, [1] * len(prompt))])
+        np.testing.assert_array_equal(logits, alone)
+        np.testing.assert_array_equal(by_token, alone)
+    (exact,) = harness.run([(PROMPTS[6], [40])])
+    assert np.abs(together[0] - exact).max() > 1e-4
 
 
 def request(name: str, prompt: Iterable[int], *, grammar: str | None = None, **sampling: object) -> GenerationRequest:
@@ -236,6 +261,24 @@ def test_answers_are_the_same_bits_after_a_prefix_hit(runner: ModelRunner, alone
 
     assert core.cache.num_hit_tokens > num_hit_before + 60
     assert cold == warm == list(alone.values())
+
+
+def test_answers_over_an_8_bit_cache_are_the_same_bits_in_company_after_preemption_and_after_a_prefix_hit(alone: dict[str, Answer]):
+    runner = runner_of(with_cache("int8"))
+    expected: dict[str, Answer] = {}
+    for each in REQUESTS:
+        expected |= finish(core_of(runner), [each])
+
+    crowded = core_of(runner, num_blocks=24, max_num_batched_tokens=16)
+    together = finish(crowded, REQUESTS)
+    warm = core_of(runner)
+    finish(warm, REQUESTS)
+    again = finish(warm, REQUESTS)
+
+    assert crowded.scheduler.num_preemptions >= 3
+    assert warm.cache.num_hit_tokens > 60
+    assert together == again == expected
+    assert expected["scored"].prompt_logprobs != alone["scored"].prompt_logprobs
 
 
 def test_choices_of_one_prompt_share_its_blocks_and_keep_their_bits(runner: ModelRunner):

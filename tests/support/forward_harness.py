@@ -107,6 +107,13 @@ def no_report(_: Progress) -> None:
     """For starts that nobody watches."""
 
 
+def _stale(array: jax.Array, stale: float) -> jax.Array:
+    """An array of the empty cache with `stale` in it, or where it holds bits with all of them set, which is no number in any float."""
+    if jnp.issubdtype(array.dtype, jnp.integer):
+        return ~array if stale else array
+    return array + jnp.asarray(stale, array.dtype)
+
+
 class ForwardHarness:
     """Runs chosen chunks of several sequences through the real batch, cache and forward pass.
 
@@ -130,7 +137,7 @@ class ForwardHarness:
     def run(self, work: Seq[tuple[Seq[int], Seq[int]]], *, stale: float = 0.0) -> list[NDArray[np.float32]]:
         """Logits [prompt length, V] for every prompt; `stale` is what the cache holds before, from whoever had the blocks last."""
         pool = BlockPool(self.config.cache.num_blocks)
-        cache = jax.tree.map(lambda array: array + jnp.asarray(stale, array.dtype), empty_state(self.config, self.mesh).cache)
+        cache = jax.tree.map(lambda array: _stale(array, stale), empty_state(self.config, self.mesh).cache)
         sequences = [self._sequence(prompt, index, pool) for index, (prompt, _) in enumerate(work)]
         rows: list[list[NDArray[np.float32]]] = [[] for _ in work]
         for step in range(max(len(chunks) for _, chunks in work)):
