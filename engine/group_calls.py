@@ -30,6 +30,7 @@ class LeadingRunner:
         self._replica = replica
         self._send = send
         self._layout_ids = {layout: index for index, layout in enumerate(runner.layouts)}
+        self._is_chosen = False  # what was launched last has chosen with it
 
     @property
     def num_late_compilations(self) -> int:
@@ -60,11 +61,13 @@ class LeadingRunner:
             self._runner.write_masks(some)
 
     def launch(self, batch: Batch) -> Any:
+        self._is_chosen = batch.kind is StepKind.GREEDY
         self._send(Launch(self._replica, self._layout_ids[batch.layout], batch.kind, batch.packed.astype(_INT32, copy=False).tobytes()))
         return self._runner.launch(batch)
 
     def choose(self, launched: Any, *, dropped: Sequence[int] = ()) -> Any:
-        self._send(Choose(self._replica, tuple(dropped)))
+        if not self._is_chosen:
+            self._send(Choose(self._replica, tuple(dropped)))
         return self._runner.choose(launched, dropped=list(dropped))
 
     def is_done(self, output: Any) -> bool:

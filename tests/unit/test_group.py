@@ -24,7 +24,7 @@ from engine.follower import Follower
 from engine.group import MAX_FRAME_BYTES, Group, free_port, hello
 from engine.group_calls import MASKS_AT_ONCE, FollowingRunner, LeadingRunner
 from engine.group_channel import GroupChannel, connect, listen
-from engine.group_messages import Call, Described, Devices, Dismissed, Hello, decode_from_leader, encode
+from engine.group_messages import Call, Described, Devices, Dismissed, Hello, Launch, decode_from_leader, encode
 from engine.messages import Follow
 from engine.transport import MAX_FRAME_BYTES as FROM_LEADER
 from engine.types import Progress, SamplingParams
@@ -423,6 +423,18 @@ def test_a_call_is_told_before_it_is_made():
     make_every_call(leading_runner)
 
     assert {call.replica for call in told} == {3}
+
+
+def test_of_a_step_that_chooses_at_once_only_the_launch_is_told():
+    told: list[Call] = []
+    runner = LeadingRunner(Recorder(), replica=0, send=told.append)
+    layout = runner.layouts[0]
+    packed = np.zeros(layout.packed_len, np.int32)
+    batch = Batch(layout=layout, kind=StepKind.GREEDY, packed=packed, items=(), num_sampled=0, token_starts=())
+
+    runner.choose(runner.launch(batch))
+
+    assert [type(call) for call in told] == [Launch]
 
 
 def test_a_step_of_another_shape_is_refused():
