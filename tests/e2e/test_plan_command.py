@@ -69,6 +69,17 @@ def test_what_makes_no_sense_is_one_line_and_status_2(arguments: list[str], comp
     assert len(result.stderr.splitlines()) == 1
 
 
+def test_the_flags_of_parallelism_mean_what_they_mean_to_serve():
+    result = plan("-tp", "16", "--data-parallel-size", "2", "--enable-expert-parallel", "--kv-cache-dtype", "fp8", "--json")
+
+    answer = json.loads(result.stdout)
+    setup = answer["question"]["setup"]
+    assert setup["mesh"] == {"data": 2, "expert": 8, "tensor": 2}
+    assert setup["kv"] == "fp8"
+    assert answer["kv_bytes_per_token"] == 64 * 2 * (128 + 4)
+    assert answer["cache_tokens"] == 2 * 16 * answer["cache_blocks"]
+
+
 def test_serving_what_does_not_fit_is_refused_with_the_plan_before_anything_is_loaded():
     command = [
         sys.executable,
