@@ -192,8 +192,10 @@ def test_one_that_left_before_all_were_there_may_come_again(options: EngineOptio
     three = with_group(options, num_nodes=3)
     assert three.group is not None
     with leading(three) as (group, _, complete):
-        joined(three).close()
+        first = joined(three)
         with group._changed:
+            assert group._changed.wait_for(lambda: group._members, timeout=10)
+            first.close()
             assert group._changed.wait_for(lambda: not group._members, timeout=10)
         channels = [joined(three), joined(three, said=hello(three.group, 2))]
 
@@ -207,7 +209,7 @@ def test_one_that_left_before_all_were_there_may_come_again(options: EngineOptio
 def test_who_speaks_something_else_is_hung_up_on(options: EngineOptions, noise: bytes):
     assert options.group is not None
     with leading(options) as (_, _, complete):
-        with socket.create_connection((HOST, options.group.port)) as stranger:
+        with connect(HOST, options.group.port, timeout_s=10) as stranger:
             stranger.sendall(noise)
             stranger.shutdown(socket.SHUT_WR)
             with suppress(ConnectionError):
