@@ -74,7 +74,7 @@ class NullRunner:
         return output
 
 
-def null_core(num_seqs: int, *, max_model_len: int) -> EngineCore:
+def null_core(num_seqs: int, *, max_model_len: int, step_tokens: int = STEP_TOKENS) -> EngineCore:
     """A core for `num_seqs` sequences of `max_model_len` tokens, with blocks for all of them."""
     model = ModelConfig.preset("grok-1")
     block_size = 16
@@ -85,15 +85,15 @@ def null_core(num_seqs: int, *, max_model_len: int) -> EngineCore:
         dtype="bfloat16",
         mesh=MeshConfig(),
         cache=CacheConfig(block_size=block_size, num_blocks=blocks_per_seq * num_seqs),
-        scheduler=SchedulerConfig(max_num_seqs=num_seqs, max_num_batched_tokens=STEP_TOKENS, max_model_len=max_model_len),
+        scheduler=SchedulerConfig(max_num_seqs=num_seqs, max_num_batched_tokens=step_tokens, max_model_len=max_model_len),
     )
-    sizes = sorted({2 * TILE, max(2 * TILE, num_seqs), STEP_TOKENS})
+    sizes = sorted({2 * TILE, max(2 * TILE, num_seqs), step_tokens})
     layouts = tuple(StepLayout(num_tokens=size, num_seqs=min(size, num_seqs), blocks_per_seq=blocks_per_seq) for size in sizes)
     info = EngineInfo(
         vocab_size=model.vocab_size,
         max_model_len=max_model_len,
         max_num_seqs=num_seqs,
-        max_num_batched_tokens=STEP_TOKENS,
+        max_num_batched_tokens=step_tokens,
         max_logprobs=NUM_TOP,
         block_size=block_size,
         num_blocks=config.cache.num_blocks,
