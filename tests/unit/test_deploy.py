@@ -313,6 +313,83 @@ def test_prometheus_scrapes_the_metrics_port():
     assert annotations["prometheus.io/path"] == "/metrics"
 
 
+# leaderworkerset/
+
+HOSTS = DEPLOY / "leaderworkerset"
+HOSTS_KUSTOMIZATION = yaml.safe_load((HOSTS / "kustomization.yaml").read_text())
+HOSTS_MANIFESTS: dict[str, dict[str, Any]] = {
+    name.removesuffix(".yaml"): yaml.safe_load((HOSTS / name).read_text()) for name in HOSTS_KUSTOMIZATION["resources"]
+}
+SET = HOSTS_MANIFESTS["leaderworkerset"]
+TEMPLATES = {name: SET["spec"]["leaderWorkerTemplate"][f"{name}Template"] for name in ("leader", "worker")}
+
+
+@pytest.fixture
+def hosts() -> Settings:
+    """The settings of a replica on several hosts."""
+    return load_settings({"config": HOSTS / "serve.yaml"})
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_pod_of_a_host_is_what_kubernetes_takes(name: str, version: str):
+    """The set itself is no part of Kubernetes; its other fields were checked against its own schema by hand."""
+    pod = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": name}, "template": TEMPLATES[name]}
+
+    kubernetes_validate.validate(pod, version, strict=True)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("name", sorted({*HOSTS_MANIFESTS} - {"leaderworkerset"}))
+def test_what_belongs_to_a_set_is_what_kubernetes_takes(name: str, version: str):
+    kubernetes_validate.validate(HOSTS_MANIFESTS[name], version, strict=True)
+
+
+def test_a_set_says_how_many_hosts_there_are_and_what_happens_to_them():
+    assert SET["apiVersion"] == "leaderworkerset.x-k8s.io/v1"
+    assert {*SET["spec"]} == {"replicas", "rolloutStrategy", "leaderWorkerTemplate"}
+    assert {*SET["spec"]["leaderWorkerTemplate"]} == {"size", "restartPolicy", "leaderTemplate", "workerTemplate"}
+    assert SET["spec"]["leaderWorkerTemplate"]["restartPolicy"] == "None"
+
+
+def test_a_worker_is_a_leader_that_nobody_asks_and_that_has_no_keys():
+    (leader,), (worker,) = (TEMPLATES[name]["spec"]["containers"] for name in ("leader", "worker"))
+    without_keys = [mount for mount in leader["volumeMounts"] if mount["name"] != "keys"]
+    volumes = [volume for volume in TEMPLATES["leader"]["spec"]["volumes"] if volume["name"] != "keys"]
+
+    assert {*leader} - {*worker} == {"ports", "startupProbe", "readinessProbe", "livenessProbe"}
+    assert worker == {name: leader[name] for name in worker} | {"volumeMounts": without_keys}
+    assert TEMPLATES["worker"]["spec"] == TEMPLATES["leader"]["spec"] | {"containers": [worker], "volumes": volumes}
+
+
+def test_a_leader_is_a_replica_that_needs_other_hosts(hosts: Settings, replica: Settings):
+    (leader,) = TEMPLATES["leader"]["spec"]["containers"]
+    size = SET["spec"]["leaderWorkerTemplate"]["size"]
+    with_settings = [{"name": "settings", "configMap": {"name": HOSTS_KUSTOMIZATION["configMapGenerator"][0]["name"]}}]
+    group = [{"name": "group", "containerPort": hosts.master_port}]
+
+    assert leader | {"ports": leader["ports"]} == CONTAINER | {"ports": CONTAINER["ports"] + group}
+    assert TEMPLATES["leader"]["spec"]["volumes"] == with_settings + [volume for volume in POD["volumes"] if volume["name"] != "settings"]
+    assert hosts.tensor_parallel_size == size * replica.tensor_parallel_size
+    assert {name for name in Settings.model_fields if getattr(hosts, name) != getattr(replica, name)} == {"config", "tensor_parallel_size"}
+
+
+def test_a_set_names_nothing_that_is_not_there():
+    labels = TEMPLATES["leader"]["metadata"]["labels"]
+    service, policy = HOSTS_MANIFESTS["service"]["spec"], HOSTS_MANIFESTS["network-policy"]["spec"]
+
+    assert {path.name for path in HOSTS.iterdir()} == {
+        *HOSTS_KUSTOMIZATION["resources"],
+        "kustomization.yaml",
+        "kustomize.yaml",
+        "serve.yaml",
+    }
+    assert service["selector"].items() <= labels.items()
+    assert not service["selector"].items() <= TEMPLATES["worker"]["metadata"]["labels"].items(), "a worker answers no requests"
+    assert all(policy["podSelector"]["matchLabels"].items() <= template["metadata"]["labels"].items() for template in TEMPLATES.values())
+    assert HOSTS_MANIFESTS["service"]["metadata"]["name"] != SET["metadata"]["name"], "the set's own service has that name"
+
+
 # nginx.conf
 
 
