@@ -156,27 +156,30 @@ def slot_bytes(setup: Setup) -> int:
 
 
 def temporary_bytes(setup: Setup, device: Device, *, step_bytes: int | None = None) -> dict[str, int]:
-    """Named buffers of one device that may exist at the same time; `step_bytes` is what a compiler has found for those of a step.
+    """Named buffers of one device that may exist at the same time; `step_bytes` is what a compiler has found for a forward pass.
 
     On a host only those that are always there: nothing has a share of its memory.
     """
     if device.is_host:
         return {"slots": slot_bytes(setup)}
-    if step_bytes is not None:
-        return {"slots": slot_bytes(setup), "compiled step": step_bytes, "runtime": FIXED_BYTES}
     model, scheduler = setup.model, setup.scheduler
-    tokens, rows, size = scheduler.max_num_batched_tokens, scheduler.max_num_seqs, BYTES[setup.dtype]
-    width = model.num_q_heads * model.key_size
-    tiles = tokens // 8 + rows
-    num_experts = model.num_experts // setup.mesh.expert  # whose results exist at the same time
-    return {
+    rows = scheduler.max_num_seqs
+    always = {
         "slots": slot_bytes(setup),
         "sampling": (rows * NUM_SAMPLING_ARRAYS + SCORED_ROWS) * model.vocab_size * 4,
-        "activations": tokens * model.emb_size * (4 * size + 4 * model.num_selected_experts),
-        "attention": tiles * 8 * (width // setup.shard_size) * 4 * 3,
-        "experts": 3 * tokens * num_experts * (model.ffn_size // setup.mesh.tensor) * 4 + 2 * tokens * num_experts * model.emb_size * 4,
-        "int4 as bfloat16": 3 * num_experts * model.emb_size * (model.ffn_size // setup.mesh.tensor) * 2 if setup.weights == "int4" else 0,
         "runtime": FIXED_BYTES,
+    }
+    if step_bytes is not None:
+        return always | {"compiled step": step_bytes}
+    tokens, size = scheduler.max_num_batched_tokens, BYTES[setup.dtype]
+    tiles = tokens // 8 + rows
+    width = model.num_q_heads * model.key_size // setup.shard_size
+    num_experts, expert_width = model.num_experts // setup.mesh.expert, model.ffn_size // setup.mesh.tensor
+    return always | {
+        "activations": tokens * model.emb_size * (4 * size + 4 * model.num_selected_experts),
+        "attention": tiles * 8 * width * 4 * 3,
+        "experts": tokens * num_experts * (3 * expert_width + 2 * model.emb_size) * 4,
+        "int4 as bfloat16": 3 * num_experts * model.emb_size * expert_width * 2 if setup.weights == "int4" else 0,
     }
 
 

@@ -157,3 +157,13 @@ def test_the_program_answers_in_json_and_explains_what_it_does_not_take():
     status, answer = ask(device="abacus")
     assert status == 2
     assert "none of a100-80" in answer["error"]
+
+
+def test_what_a_compiler_found_stands_for_the_bound_of_a_step():
+    question = Question(setup=a_setup(), device=DEVICES["h100-80"])
+    bound, compiled = make_plan(question), make_plan(replace(question, step_bytes=238_000_000))
+
+    assert compiled.temporaries["compiled step"] == 238_000_000
+    assert compiled.temporaries.keys() - {"compiled step"} == {"slots", "sampling", "runtime"}
+    saved = sum(bound.temporaries.values()) - sum(compiled.temporaries.values())
+    assert compiled.cache_bytes == bound.cache_bytes + saved
