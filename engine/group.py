@@ -49,6 +49,7 @@ MAX_FRAME_BYTES = 1 << 20  # from a follower; what it says is small
 MAX_STRANGERS = 64  # connections at a time of which it is not known who they are
 HELLO_TIMEOUT_S = 10.0
 FAREWELL_S = 2.0  # for the others to read why they are dismissed
+NAME_TIMEOUT_S = 60.0  # for the leader's own name to be known
 LOOK_S = 0.2  # between looks at the processes that were started here
 
 
@@ -91,7 +92,7 @@ class Group:
         """Wait until everybody is here. Raises `ConfigError` where the address cannot be had, or somebody does not come in time."""
         group = self.config
         try:
-            listener = listen(group.host, group.port)
+            listener = _listen(group)
         except OSError as error:
             raise ConfigError(
                 f"cannot wait for the other processes on {group.host}:{group.port} ({error.strerror}): --master-addr must be an address of "
@@ -103,8 +104,6 @@ class Group:
             for process_id in range(1, group.processes_per_node):
                 self._start_sibling(process_id, port=port)
             self._wait_until_all_are_here(port)
-            with self._changed:
-                self._is_complete = True
 
     def join(self, coordinator: str) -> None:
         """Tell everybody where the runtimes meet."""
@@ -166,9 +165,10 @@ class Group:
             with self._changed:
                 if len(self._members) == num_here:
                     self._changed.wait(LOOK_S)
-                num_here, missing = len(self._members) + 1, sorted(set(range(1, group.num_processes)) - self._members.keys())
+                num_here, missing = len(self._members), sorted(set(range(1, group.num_processes)) - self._members.keys())
+                self._is_complete = not missing  # from here on whoever leaves is lost
             detail = f"waiting on {group.host}:{port}" if missing else ""
-            self._report(Progress(phase="group", done=num_here, total=group.num_processes, unit="processes", detail=detail))
+            self._report(Progress(phase="group", done=num_here + 1, total=group.num_processes, unit="processes", detail=detail))
             if not missing:
                 return
             for process_id, (process, _) in self._siblings.items():
@@ -286,6 +286,18 @@ class Group:
             is_end = self._is_complete and not self._is_dismissed
         if is_end:
             self._on_lost(f"process {process_id} at {channel.peer} {cause}, and the group ends with it")
+
+
+def _listen(group: GroupConfig) -> socket.socket:
+    """Tries for a while where the name is not known: a cluster may make it when this process runs already. Raises `OSError`."""
+    give_up_s = time.monotonic() + min(NAME_TIMEOUT_S, group.start_timeout_s)
+    while True:
+        try:
+            return listen(group.host, group.port)
+        except socket.gaierror:
+            if time.monotonic() >= give_up_s:
+                raise
+        time.sleep(LOOK_S)
 
 
 def free_port(host: str) -> int:

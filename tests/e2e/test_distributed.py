@@ -161,6 +161,15 @@ def test_eight_devices_of_several_processes_give_the_tokens_of_one(
         assert ask(server.url, **wanted, **SEEDED) == seeded
 
 
+def test_every_process_has_a_share_of_every_data_shard(tmp_path: Path, expected: dict[str, list[str]]):
+    flags = (*TINY, "--data-parallel-size", "2", "--processes-per-node", "2")
+    with running_server(tmp_path, *flags, num_devices=2) as server:
+        streams = [Stream(server.url, **LIKELIEST) for _ in range(4)]
+
+        assert [stream.whole() for stream in streams] == [expected["likeliest"]] * 4
+        assert ask(server.url, **SEEDED) == expected["seeded"]
+
+
 # nodes
 
 

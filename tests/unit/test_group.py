@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Never
+from typing import Any, Never
 
 import msgspec
 import numpy as np
@@ -40,7 +40,7 @@ def options(tmp_path: Path) -> EngineOptions:
     return replace(engine_options(), model_dir=str(tmp_path), group=group)
 
 
-def with_group(options: EngineOptions, **changes: float) -> EngineOptions:
+def with_group(options: EngineOptions, **changes: Any) -> EngineOptions:
     assert options.group is not None
     return replace(options, group=replace(options.group, **changes))
 
@@ -241,6 +241,13 @@ def test_an_address_of_another_machine_is_refused(options: EngineOptions):
     foreign = with_group(options, host="192.0.2.1")
 
     with leading(foreign) as (_, _, complete), pytest.raises(ConfigError, match="must be an address of the node with rank 0"):
+        complete()
+
+
+def test_a_name_that_nobody_knows_is_refused_after_a_while(options: EngineOptions):
+    nameless = with_group(options, host="leader.invalid", start_timeout_s=0.5)
+
+    with leading(nameless) as (_, _, complete), pytest.raises(ConfigError, match=r"on leader\.invalid:\d+ \(.*\): --master-addr must"):
         complete()
 
 
