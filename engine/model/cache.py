@@ -72,15 +72,16 @@ def cache_shapes(config: EngineConfig, *, num_heads: int, place: Callable[[tuple
 
 def write_cache(cache: CacheArray, rows: Float[Array, "t k c"], cache_slots: Int32[Array, "t"]) -> CacheArray:
     """Put the keys or values of the step's tokens into their slots, in the cache's form; padding goes to the scratch block."""
-    meant, scales = _meant(cache.bits.dtype), None
-    if cache.scales is not None:
+    meant, scales = _meant(cache.bits.dtype), cache.scales
+    if scales is not None:
         wide = rows.astype(jnp.float32)
-        scales = jnp.maximum(jnp.max(jnp.abs(wide), axis=-1), _SMALLEST) * jnp.float32(1 / _LARGEST[meant])
-        rows = jnp.clip(wide / scales[..., None], -_LARGEST[meant], _LARGEST[meant])
+        own = jnp.maximum(jnp.max(jnp.abs(wide), axis=-1), _SMALLEST) * jnp.float32(1 / _LARGEST[meant])
+        rows = jnp.clip(wide / own[..., None], -_LARGEST[meant], _LARGEST[meant])
         rows = jnp.round(rows) if meant == jnp.int8 else rows
+        scales = _written(scales, own, cache_slots)
     bits = rows.astype(meant)
     bits = bits if meant == cache.bits.dtype else jax.lax.bitcast_convert_type(bits, cache.bits.dtype)
-    return CacheArray(_written(cache.bits, bits, cache_slots), None if scales is None else _written(cache.scales, scales, cache_slots))
+    return CacheArray(_written(cache.bits, bits, cache_slots), scales)
 
 
 def read_blocks(
