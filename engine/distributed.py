@@ -20,6 +20,8 @@ JOIN_TIMEOUT_S = 120
 def join(group: GroupConfig, *, process_id: int, coordinator: str) -> None:
     """Meet the other processes at `coordinator`, which process 0 serves. Raises `ConfigError` for GPUs that cannot be shared."""
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    if _num_gpus():  # each tunes for itself: for the share of one that finds its program in its cache the others would wait in vain
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_shard_autotuning=false".lstrip()
     jax.distributed.initialize(
         coordinator,
         group.num_processes,
@@ -41,14 +43,19 @@ def own_cache_dir(directory: str | None, group: GroupConfig, *, process_id: int)
 
 def _local_device_ids(group: GroupConfig, process_id: int) -> Sequence[int] | None:
     """This process's share of the machine's GPUs, counted among the visible ones; None where it has all, or they are no GPUs."""
-    if group.processes_per_node == 1 or os.environ.get("JAX_PLATFORMS", "").startswith("cpu"):
+    num_gpus = _num_gpus()
+    if group.processes_per_node == 1 or num_gpus == 0:
         return None
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    num_devices = len(list(Path("/dev").glob("nvidia[0-9]*"))) if visible is None else len([name for name in visible.split(",") if name])
-    if num_devices == 0:
-        return None
-    if num_devices % group.processes_per_node:
-        raise ConfigError(f"{group.processes_per_node} processes cannot share the {num_devices} GPUs of this machine evenly")
-    share = num_devices // group.processes_per_node
+    if num_gpus % group.processes_per_node:
+        raise ConfigError(f"{group.processes_per_node} processes cannot share the {num_gpus} GPUs of this machine evenly")
+    share = num_gpus // group.processes_per_node
     first = process_id % group.processes_per_node * share
     return range(first, first + share)
+
+
+def _num_gpus() -> int:
+    """Of NVIDIA, that this machine lets processes see; jax would take them all if it were asked."""
+    if os.environ.get("JAX_PLATFORMS", "").startswith("cpu"):
+        return 0
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return len(list(Path("/dev").glob("nvidia[0-9]*")) if visible is None else [name for name in visible.split(",") if name])
