@@ -70,7 +70,8 @@ def _sorted(x: Float[Array, "t d"], chosen: Int32[Array, "t k"], experts: Expert
         def compute_tile(i: Int32[Array, ""], results: Float32[Array, "pairs d"], expert: int = expert) -> Float32[Array, "pairs d"]:
             pairs = jax.lax.dynamic_slice_in_dim(padded_order, starts[expert] + i * TILE, TILE)
             is_own = i * TILE + jnp.arange(TILE, dtype=jnp.int32) < counts[expert]
-            rows = feed_forward(x[pairs // num_selected], Experts(*(weight[expert] for weight in experts)))
+            own, _ = jax.lax.optimization_barrier((Experts(*(weight[expert] for weight in experts)), i))  # or XLA takes the cast of packed
+            rows = feed_forward(x[pairs // num_selected], own)  # weights out of the loop, and all experts' floats are there at once
             return results.at[jnp.where(is_own, pairs, num_pairs)].set(rows, mode="drop")
 
         results = jax.lax.fori_loop(0, -(-counts[expert] // TILE), compute_tile, results)
