@@ -403,12 +403,12 @@ async def test_messages_are_required(http: httpx.AsyncClient):
 
 
 async def test_a_hundred_thousand_wrong_messages_cost_one_complaint(http: httpx.AsyncClient):
-    started_s = time.monotonic()
+    started_s = time.process_time()
 
     error = await refusal(http, messages=[{}] * 100_000)
 
     assert len(error["message"]) < 200
-    assert time.monotonic() - started_s < 2
+    assert time.process_time() - started_s < 2
 
 
 async def test_earlier_refusals_and_functions_are_turns_like_others(http: httpx.AsyncClient, engine: FakeEngineClient):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -36,7 +37,7 @@ def stream(url: str, **body: object) -> str:
     return response.text
 
 
-def eventually(condition: Callable[[], bool], *, within_s: float = 2.0) -> bool:
+def eventually(condition: Callable[[], bool], *, within_s: float = 15.0) -> bool:
     deadline = time.monotonic() + within_s
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.005)
@@ -171,10 +172,12 @@ def test_the_first_piece_arrives_before_the_last_is_made(live_url: str, engine: 
 @pytest.mark.parametrize("is_streamed", [True, False])
 def test_a_client_that_leaves_ends_the_work_in_the_engine(live_url: str, engine: FakeEngineClient, app: FastAPI, is_streamed: bool):
     engine.script = one_token_then(HANG)
-    body = {"prompt": [[7], [8]], "n": 2, "stream": is_streamed}
+    body = json.dumps({"prompt": [[7], [8]], "n": 2, "stream": is_streamed})
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
 
-    with httpx.Client() as client, pytest.raises(httpx.ReadTimeout):
-        client.post(f"{live_url}/v1/completions", json=body, timeout=0.3 if is_streamed is False else 0.04)
+    with socket.create_connection(("127.0.0.1", httpx.URL(live_url).port or 0)) as connection:
+        connection.sendall(f"{head}{body}".encode())
+        assert eventually(lambda: engine.num_open == 4)
 
     assert eventually(lambda: len(engine.aborted) == 4)
     assert engine.num_open == 0
@@ -239,7 +242,7 @@ def test_a_failure_after_the_first_piece_is_one_error_event_and_the_end(
 def test_a_deadline_after_the_first_piece_is_an_error_event(live_url: str, engine: FakeEngineClient):
     engine.script = one_token_then(HANG)
 
-    last = frames(stream(live_url, prompt=[7], timeout=0.2))[-1]
+    last = frames(stream(live_url, prompt=[7], timeout=1))[-1]
 
     assert json.loads(last.removeprefix("data: "))["error"]["code"] == "deadline_exceeded"
 
@@ -285,14 +288,14 @@ def test_a_timeout_ends_a_stream_on_time_though_no_engine_runs(live_url: str, en
     engine.script = one_token_then(0.1, 0.1, HANG)
     started = time.monotonic()
 
-    with httpx.stream("POST", f"{live_url}/v1/completions", json={"stream": True, "prompt": [7], "timeout": 0.3}) as response:
+    with httpx.stream("POST", f"{live_url}/v1/completions", json={"stream": True, "prompt": [7], "timeout": 1}) as response:
         lines = response.iter_lines()
         next(lines)
         engine.die()
         *_, last = (line for line in lines if line)
 
     assert json.loads(last.removeprefix("data: "))["error"]["code"] == "deadline_exceeded"
-    assert 0.25 < time.monotonic() - started < 2
+    assert 0.9 < time.monotonic() - started < 10
     assert eventually(lambda: app.state.services.admission.num_open == 0)
 
 

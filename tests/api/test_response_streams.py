@@ -78,7 +78,7 @@ def without_repeats(names: list[str]) -> list[str]:
     return [name for name, before in zip(names, [None, *names], strict=False) if name != before]
 
 
-def eventually(condition: Callable[[], bool], *, within_s: float = 2.0) -> bool:
+def eventually(condition: Callable[[], bool], *, within_s: float = 15.0) -> bool:
     deadline = time.monotonic() + within_s
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.005)

@@ -1,7 +1,6 @@
 """The tokenizer over HTTP: the ids that completions compute, their inverse, and what lm-eval's remote tokenizer reads."""
 
 import asyncio
-import time
 from dataclasses import replace
 from typing import Any
 
@@ -249,17 +248,16 @@ async def test_the_limit_of_bodies_holds_at_the_cap_and_past_it(engine: FakeEngi
 async def test_a_long_text_does_not_keep_others_waiting(http: httpx.AsyncClient):
     text = "The quick brown fox é " * 20_000
     long = asyncio.create_task(http.post("/tokenize", json={"prompt": text, "return_token_strs": True}))
-    longest_s = 0.0
+    num_answered = 0
     while not long.done():
-        start_s = time.perf_counter()
         assert (await http.post("/tokenize", json={"prompt": "short"})).status_code == 200
-        longest_s = max(longest_s, time.perf_counter() - start_s)
-        await asyncio.sleep(0.001)
+        num_answered += 1
+        await asyncio.sleep(0.01)
 
     answer = (await long).json()
     assert len(text) > INLINE_CHARS
     assert answer["count"] == len(answer["tokens"]) == len(answer["token_strs"])
-    assert longest_s < 0.5
+    assert num_answered >= 5, "the short ones waited for the long one"
 
 
 async def test_a_route_that_is_not_offered_is_a_404_that_names_those_that_are(http: httpx.AsyncClient):

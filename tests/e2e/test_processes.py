@@ -159,9 +159,9 @@ async def test_an_engine_that_hangs_in_a_step_is_killed_and_replaced():
             tasks.start_soon(anext, generation)
             await eventually(lambda: notes.num_ready == 2)
             tasks.cancel_scope.cancel()
-        assert notes.deaths == ["made no progress for 1 s and was killed"]
+        assert notes.deaths == ["made no progress for 2 s and was killed"]
 
-    await run_engine_with(check, stall_timeout_s=1.0)
+    await run_engine_with(check, stall_timeout_s=2.0)
 
 
 @pytest.mark.anyio
@@ -315,7 +315,7 @@ async def test_stopping_in_the_middle_of_a_start_ends_the_engine_at_once():
         start = time.monotonic()
         supervisor.stop()
 
-    assert time.monotonic() - start < 3
+    assert time.monotonic() - start < 15
     assert not is_running(pid)
 
 
@@ -394,7 +394,7 @@ def wait_until(condition: Callable[[], bool], *, within_s: float) -> None:
         time.sleep(0.02)
 
 
-def wait_until_gone(pids: list[int], *, within_s: float) -> None:
+def wait_until_gone(pids: list[int], *, within_s: float = 15.0) -> None:
     wait_until(lambda: not any(map(is_running, pids)), within_s=within_s)
 
 
@@ -420,7 +420,7 @@ def test_the_server_starts_prints_a_curl_serves_and_ends_with_status_0_on_sigter
         assert json.loads(answer)["object"] == "text_completion"
         assert "KV cache" in server.output
         assert "Traceback" not in server.errors
-        wait_until_gone(pids, within_s=2)
+        wait_until_gone(pids)
 
 
 def test_while_the_engine_loads_the_server_is_alive_and_not_ready():
@@ -451,7 +451,7 @@ def test_the_engine_is_gone_soon_after_its_server_was_killed():
         server.process.kill()
 
         assert len(pids) == 1
-        wait_until_gone(pids, within_s=2)
+        wait_until_gone(pids)
 
 
 def test_a_process_that_stands_by_is_gone_soon_after_its_server_was_killed():
@@ -464,7 +464,7 @@ def test_a_process_that_stands_by_is_gone_soon_after_its_server_was_killed():
 
         server.process.kill()
 
-        wait_until_gone(pids, within_s=2)
+        wait_until_gone(pids)
 
 
 def test_an_engine_that_still_loads_is_gone_soon_after_its_server_was_killed():
@@ -474,7 +474,7 @@ def test_an_engine_that_still_loads_is_gone_soon_after_its_server_was_killed():
 
         server.process.kill()
 
-        wait_until_gone(pids, within_s=2)
+        wait_until_gone(pids)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a stopped process cannot learn of its parent's end")
@@ -487,7 +487,7 @@ def test_even_a_stopped_engine_is_gone_soon_after_its_server_was_killed(start, s
 
         server.process.kill()
 
-        wait_until_gone(pids, within_s=2)
+        wait_until_gone(pids)
 
 
 def test_after_a_killed_engine_the_server_becomes_ready_again():
@@ -497,7 +497,7 @@ def test_after_a_killed_engine_the_server_becomes_ready_again():
 
         os.kill(pid, signal.SIGKILL)
 
-        wait_until_gone([pid], within_s=5)
+        wait_until_gone([pid])
         give_up = time.monotonic() + 15
         while httpx.get(f"{server.url}/readyz").status_code != 200 or children(server.process.pid) == [pid]:
             assert time.monotonic() < give_up
@@ -536,7 +536,7 @@ def test_what_is_not_finished_at_the_shutdown_timeout_is_told_so():
 
 
 def test_a_second_signal_ends_everything_at_once():
-    with running("--step-s", "0.05") as server:
+    with running("--step-s", "0.2") as server:
         server.wait_for("Ready on")
         pids = children(server.process.pid)
         lines = stream_lines(server.url, max_tokens=250)
@@ -546,8 +546,8 @@ def test_a_second_signal_ends_everything_at_once():
         server.wait_for("Stopping")
         server.process.send_signal(signal.SIGINT)
 
-        assert server.wait(within_s=3) == 130
-        wait_until_gone(pids, within_s=2)
+        assert server.wait(within_s=15) == 130, "long before the stream's end"
+        wait_until_gone(pids)
         lines.close()
 
 

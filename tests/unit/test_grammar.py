@@ -238,16 +238,16 @@ def test_a_mask_past_its_limit_is_an_error_and_comes_soon(tiny: GrammarTokenizer
     slowest_s = 0.0
 
     for _ in range(200):
-        start = time.perf_counter()
+        start_s = time.thread_time()
         choices = allowed(matcher, tiny)
         if not choices:
             break
         matcher.advance(choices[0])
-        slowest_s = max(slowest_s, time.perf_counter() - start)
+        slowest_s = max(slowest_s, time.thread_time() - start_s)
 
     assert matcher.error is not None
     assert re.search("limit|max", matcher.error)
-    assert slowest_s < 2  # a tenth of it on an idle machine
+    assert slowest_s < 2  # a tenth of it where nothing else runs
 
 
 def test_other_threads_go_on_while_a_grammar_is_compiled(tiny: GrammarTokenizer) -> None:
