@@ -21,6 +21,7 @@ from engine.follower import Follower
 from engine.footprint import Device
 from engine.group import Group, free_port
 from engine.group_messages import Devices
+from engine.heap import settle_heap
 from engine.messages import Follow
 from engine.types import Progress
 
@@ -113,4 +114,6 @@ class _Devices:
 
         cache_dir = own_cache_dir(self._options.compile_cache_dir, self._group, process_id=self._process_id)
         config = replace(config, model_dir=self._options.model_dir, compile_cache_dir=cache_dir)
-        return build_runners(config, report=self._report).runners
+        runners = build_runners(config, report=self._report).runners
+        settle_heap()
+        return runners

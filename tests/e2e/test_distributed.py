@@ -244,10 +244,10 @@ def two_nodes(directory: Path, port: int, hosts: tuple[Host, Host]) -> Iterator[
             assert ready, log.read_text()[-2000:] + node_log.read_text()[-2000:]
             yield Nodes(url=ready[1], leader=server.pid, _restarter=restarter.pid)
         finally:
-            server.terminate()
             for pid in children(restarter.pid):
-                os.kill(pid, signal.SIGINT)
-            if not wait(restarter, within_s=END_S):
+                os.kill(pid, signal.SIGTERM)
+            server.terminate()
+            if not wait(restarter, within_s=30):
                 restarter.kill()
     assert (server.returncode, restarter.returncode) == (0, 0), log.read_text()[-2000:] + node_log.read_text()[-2000:]
 
@@ -304,6 +304,14 @@ def test_hosts_that_cannot_reach_each_other_both_end_their_engines(nodes: Nodes,
         wait_until_over(group, within_s=END_S)
 
     assert stream.whole() == expected["seeded"]
+
+
+def test_sigterm_to_all_lets_the_leader_answer_first(hosts: tuple[Host, Host], tmp_path: Path, expected: dict[str, list[str]]):
+    with two_nodes(tmp_path, 29520, hosts) as both:
+        stream = Stream(both.url, hosts[0], **LIKELIEST)
+        stream.wait_for(5)
+
+    assert stream.whole() == expected["likeliest"]
 
 
 def test_a_node_with_other_settings_is_refused_with_what_differs(tmp_path: Path):
