@@ -46,15 +46,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="A greedy completion on wide layers, and the same in NumPy.")
     parser.add_argument("--model", type=Path, required=True, help="a directory that scripts/write_wide_checkpoint.py wrote")
     parser.add_argument("--prompt-tokens", type=int, default=8)
+    parser.add_argument("--compile-cache-dir", help="where compiled programs are kept, for another run")
     parser.add_argument("--engine", type=str, help=argparse.SUPPRESS)  # the prompt, in the engine's process
     arguments = parser.parse_args()
     config = read_model_config(arguments.model)
     if arguments.engine is not None:
-        print(json.dumps(complete(arguments.model, config, prompt=json.loads(arguments.engine))))
+        print(json.dumps(complete(arguments.model, config, prompt=json.loads(arguments.engine), cache=arguments.compile_cache_dir)))
         return 0
 
     prompt = np.random.default_rng(0).integers(3, config.vocab_size, arguments.prompt_tokens).tolist()
     command = [sys.executable, "-m", "benchmarks.wide_completion", "--model", str(arguments.model), "--engine", json.dumps(prompt)]
+    if arguments.compile_cache_dir is not None:
+        command += ["--compile-cache-dir", arguments.compile_cache_dir]
     environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={NUM_DEVICES}"}
     child = subprocess.run(command, env=os.environ | environment, stdout=subprocess.PIPE, check=True, text=True)
     completed: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])
@@ -73,7 +76,7 @@ def main() -> int:
     return 0 if result["is_equal"] else 1
 
 
-def complete(model_dir: Path, config: ModelConfig, *, prompt: list[int]) -> dict[str, Any]:
+def complete(model_dir: Path, config: ModelConfig, *, prompt: list[int], cache: str | None) -> dict[str, Any]:
     """The engine's tokens, and at each place the likeliest with their log-probabilities."""
     from engine.build import build_engine
     from engine.types import GenerationRequest, SamplingParams
@@ -86,6 +89,7 @@ def complete(model_dir: Path, config: ModelConfig, *, prompt: list[int]) -> dict
         cache=CacheConfig(num_blocks=16),
         scheduler=SchedulerConfig(max_num_seqs=1, max_num_batched_tokens=16, max_model_len=64),
         cpu_weights="packed",
+        compile_cache_dir=cache,
     )
     core = build_engine(engine_config, report=lambda progress: print(progress, file=sys.stderr))
     sampling = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True, logprobs=NUM_TOP)
