@@ -29,7 +29,7 @@ class FakeBuilder:
         pass
 
     def build(self, options: EngineOptions, report: Callable[[Progress], None]) -> FakeCore:
-        report(Progress(phase="load", done=1, total=2, unit="bytes"))
+        report(Progress(phase="load", done=1, total=4, unit="bytes", tensors_done=1, tensors_total=3, elapsed_s=0.5))
         if self._start == "fail":
             raise CheckpointError("tensor00003_000: expected int8 of 8 x 64, found a shopping list")
         if self._start == "crash":
