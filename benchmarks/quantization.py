@@ -1,11 +1,12 @@
-"""What each form of weights costs the default model: bits per byte of text it never saw, and how far its logits are from the reference's.
+"""What each form of weights and of the KV cache costs the default model: bits per byte of text it never saw, and how far its logits are
+from the reference's.
 
     python -m benchmarks.quantization --text FILE.jsonl.gz ... [--model DIR] [--tokens N]
 
 A FILE has one JSON object with a "text" in each line; those that `scripts/prepare_corpus.py` held out of training are taken, whole, until
 there are N tokens. The model is converted to each form and run over them, one document a step. The reference is the model's own int8
-weights in float32 arithmetic, which is exact: the trained floats behind them are not part of a release. The table is printed and kept in
-`benchmarks/results/quantization.json`; of the text only its digest is.
+weights in float32 arithmetic with a float32 cache, which is exact: the trained floats behind them are not part of a release. The table is
+printed and kept in `benchmarks/results/quantization.json`; of the text only its digest is.
 """
 
 import argparse
@@ -15,39 +16,30 @@ import json
 import math
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.serving import machine
-from engine.batch import Batcher
-from engine.block_pool import BlockPool
 from engine.checkpoint.checkpoint import open_checkpoint
 from engine.checkpoint.convert import Settings, TargetForm, convert
-from engine.checkpoint.load import load_params
+from engine.checkpoint.logits import Arithmetic, prompt_logits
 from engine.checkpoint.tensors import Checkpoint
-from engine.config import CacheConfig, DType, EngineConfig, MeshConfig, SchedulerConfig, read_model_config
-from engine.model.params import Params
-from engine.model.transformer import forward, logits_of
-from engine.programs import step_layouts
-from engine.runner import empty_state
-from engine.scheduler import Schedule, ScheduledTokens
-from engine.sequence import Sequence
-from engine.sharding import make_meshes
+from engine.config import KVDType, kv_bytes_per_token, read_model_config
 from engine.tokenizer import Tokenizer, find_tokenizer
-from engine.types import GenerationRequest, SamplingParams
 from server.settings import default_model_dir
 
 RESULTS = Path(__file__).parent / "results" / "quantization.json"
 WINDOW = 512  # longest document, in tokens
-BLOCK_SIZE = 16
+
+
+FLOAT32 = Arithmetic()
+BFLOAT16 = Arithmetic(dtype="bfloat16", kv_dtype="bfloat16")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,20 +47,27 @@ class Form:
     """One row of the table."""
 
     name: str
-    weights: TargetForm | None  # None: as the model has them
+    weights: TargetForm | None  # None: as the model has them, turned into the floats of the arithmetic
     group: int = 128
-    dtype: DType = "float32"  # of the arithmetic
-    is_packed: bool = False  # int8 and int4 stay what they are on the device
+    arithmetic: Arithmetic = FLOAT32
+
+    @property
+    def kv_dtype(self) -> KVDType:
+        return self.arithmetic.kv_dtype
 
 
 FORMS = (
-    Form(name="float32, from int8", weights=None),
-    Form(name="int8", weights="int8", is_packed=True),
+    Form(name="float32, from int8", weights=None, arithmetic=Arithmetic(keeps_packed=False)),
+    Form(name="int8", weights="int8"),
     Form(name="bfloat16", weights="bfloat16"),
-    Form(name="int4, groups of 64", weights="int4", group=64, is_packed=True),
-    Form(name="int4, groups of 128", weights="int4", group=128, is_packed=True),
-    Form(name="int8, bfloat16 arithmetic", weights="int8", dtype="bfloat16", is_packed=True),
-    Form(name="int4, groups of 64, bfloat16 arithmetic", weights="int4", group=64, dtype="bfloat16", is_packed=True),
+    Form(name="int4, groups of 64", weights="int4", group=64),
+    Form(name="int4, groups of 128", weights="int4", group=128),
+    *(Form(name="int8", weights="int8", arithmetic=Arithmetic(kv_dtype=kv_dtype)) for kv_dtype in ("bfloat16", "int8", "fp8")),
+    Form(name="int4, groups of 64", weights="int4", group=64, arithmetic=Arithmetic(kv_dtype="int8")),
+    Form(name="int8, bfloat16 arithmetic", weights="int8", arithmetic=BFLOAT16),
+    Form(name="int8, bfloat16 arithmetic", weights="int8", arithmetic=replace(BFLOAT16, kv_dtype="int8")),
+    Form(name="int8, bfloat16 arithmetic", weights="int8", arithmetic=replace(BFLOAT16, kv_dtype="fp8")),
+    Form(name="int4, groups of 64, bfloat16 arithmetic", weights="int4", group=64, arithmetic=BFLOAT16),
 )
 
 
@@ -89,7 +88,7 @@ def main() -> None:
 
     documents, digest = read_documents(arguments.text, arguments.model, max_tokens=arguments.tokens)
     with tempfile.TemporaryDirectory() as work:
-        reference = list(logits_of_documents(arguments.model, FORMS[0], documents))
+        reference = list(logits_of(arguments.model, FORMS[0], documents))
         rows = [measure(form, arguments.model, Path(work, str(index)), documents, reference) for index, form in enumerate(FORMS)]
 
     table = Table(*rows[0])
@@ -145,7 +144,7 @@ def measure(form: Form, model_dir: Path, work: Path, documents: list[Document], 
     bits = 0.0
     errors: list[NDArray[np.float32]] = []
     is_same: list[NDArray[np.bool_]] = []
-    for document, logits, expected in zip(documents, logits_of_documents(model_dir, form, documents), reference, strict=True):
+    for document, logits, expected in zip(documents, logits_of(model_dir, form, documents), reference, strict=True):
         bits += loss_bits(logits, document.token_ids)
         errors.append(logits - expected)
         is_same.append(logits.argmax(axis=-1) == expected.argmax(axis=-1))
@@ -154,6 +153,8 @@ def measure(form: Form, model_dir: Path, work: Path, documents: list[Document], 
         "weights": form.name,
         "bytes": num_bytes,
         "bits per weight of matrices": round(matrix_bits, 3),
+        "cache": form.kv_dtype,
+        "bytes of cache per token": kv_bytes_per_token(read_model_config(model_dir), form.kv_dtype),
         "bits per byte": round(bits / sum(document.num_bytes for document in documents), 4),
         "logit error, RMS": float(f"{np.sqrt(np.square(error).mean()):.3g}"),
         "logit error, largest": float(f"{np.abs(error).max():.3g}"),
@@ -178,37 +179,9 @@ def loss_bits(logits: NDArray[np.float32], token_ids: list[int]) -> float:
     return float((normalizer - wide[np.arange(len(wide)), token_ids[1:]]).sum()) / math.log(2)
 
 
-def logits_of_documents(model_dir: Path, form: Form, documents: list[Document]) -> Iterator[NDArray[np.float32]]:
-    """[tokens, V] of each document in turn, each computed alone in one step of the engine's own batch, cache and forward pass."""
-    model = read_model_config(model_dir)
-    config = EngineConfig(
-        model=model,
-        model_dir=str(model_dir),
-        dtype=form.dtype,
-        mesh=MeshConfig(),
-        cache=CacheConfig(block_size=BLOCK_SIZE, num_blocks=WINDOW // BLOCK_SIZE),
-        scheduler=SchedulerConfig(max_num_seqs=1, max_num_batched_tokens=WINDOW, max_model_len=WINDOW),
-    )
-    mesh = make_meshes(config.mesh, model)[0]
-    checkpoint = open_checkpoint(model_dir, model)
-    params = load_params(checkpoint, model, dtype=form.dtype, mesh=mesh, keep_int8=form.is_packed, report=lambda _: None)
-    (layout,) = step_layouts(config)[-1:]
-    batcher = Batcher((layout,), block_size=BLOCK_SIZE, num_blocks=config.cache.num_blocks, vocab_size=model.vocab_size, num_slots=1)
-    cache = empty_state(config, mesh).cache
-
-    @jax.jit
-    def step(params: Params, packed: jax.Array) -> jax.Array:
-        fields = layout.unpack(packed, lambda bits: jax.lax.bitcast_convert_type(bits, jnp.float32))
-        hidden, _ = forward(params, cache, fields, model)
-        return logits_of(params, hidden, model)
-
-    for document in documents:
-        request = GenerationRequest(request_id="", prompt_token_ids=tuple(document.token_ids), sampling=SamplingParams())
-        blocks = BlockPool(config.cache.num_blocks).take(-(-len(document.token_ids) // BLOCK_SIZE))
-        sequence = Sequence(request=request, arrival=0, token_ids=list(document.token_ids), block_ids=blocks, slot=0)
-        item = ScheduledTokens(sequence=sequence, start=0, num_tokens=len(document.token_ids), chooses_token=False)
-        batch = batcher.build(Schedule(items=(item,), admitted=(sequence,)))
-        yield np.asarray(step(params, batch.packed))[: len(document.token_ids)]
+def logits_of(model_dir: Path, form: Form, documents: list[Document]) -> Iterator[NDArray[np.float32]]:
+    """[tokens, V] of each document in turn, each computed alone."""
+    return prompt_logits(model_dir, [document.token_ids for document in documents], form.arithmetic)
 
 
 if __name__ == "__main__":
