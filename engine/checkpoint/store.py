@@ -10,6 +10,7 @@ headers, so that opening need not read the weights; `verify` compares the digest
 """
 
 import json
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -33,6 +34,7 @@ COPIED_NAMES = ("config.json", "tokenizer.model")
 INT4_GROUPS = (64, 128)  # rows that share a scale
 
 _MAX_MANIFEST_BYTES = 64 << 20
+_REMEDY = "copy all files of one conversion here again, or convert again"
 
 Arrays = dict[str, tuple[StoredDType, tuple[int, ...]]]  # type and shape, by name
 
@@ -135,7 +137,7 @@ def read_store_manifest(path: Path) -> StoreManifest:
     try:
         raw = json.loads(read_small_file(path, max_bytes=_MAX_MANIFEST_BYTES))
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: is not valid JSON: {error}") from None
+        raise CheckpointError(f"{path}: is not valid JSON: {error}; {_REMEDY}") from None
     match raw:
         case {"format": "grok-server", "version": int() as version} if version != VERSION:
             raise CheckpointError(
@@ -151,7 +153,7 @@ def read_store_manifest(path: Path) -> StoreManifest:
             parsed = [_parse_file(path, file) for file in files]
             return StoreManifest(conversion=conversion, config=config, files=tuple(file for file in parsed if file.tensors))
         case _:
-            raise CheckpointError(f"{path}: is damaged: expected format, version, conversion, config and files")
+            raise CheckpointError(f"{path}: is damaged: expected format, version, conversion, config and files; {_REMEDY}")
 
 
 def _is_own(path: Path) -> bool:
@@ -167,12 +169,14 @@ def _parse_file(path: Path, raw: Any) -> WeightsFile:
         case {"file": str() as name, "size": int() as size, "sha256": str()} if not isinstance(size, bool):
             pass
         case _:
-            raise CheckpointError(f"{path}: is damaged: expected every file with its name, size and sha256, found {str(raw)[:200]}")
+            raise CheckpointError(
+                f"{path}: is damaged: expected every file with its name, size and sha256, found {str(raw)[:200]}; {_REMEDY}"
+            )
     if name not in COPIED_NAMES and (not is_weights_file(name) or name.endswith(".part")):
-        raise CheckpointError(f"{path}: names {name[:200]!r}, which is no file of a conversion")
+        raise CheckpointError(f"{path}: names {name[:200]!r}, which is no file of a conversion; {_REMEDY}")
     tensors = raw.get("tensors", [])
     if not isinstance(tensors, list) or bool(tensors) != is_weights_file(name):
-        raise CheckpointError(f"{path}: is damaged: {name} is listed without its tensors, or with some that it cannot have")
+        raise CheckpointError(f"{path}: is damaged: {name} is listed without its tensors, or with some that it cannot have; {_REMEDY}")
     return WeightsFile(name=name, size=size, tensors=tuple(_parse_tensor(path, tensor) for tensor in tensors))
 
 
@@ -181,14 +185,14 @@ def _parse_tensor(path: Path, raw: Any) -> TensorEntry:
         case {"name": str() as name, "form": ("float32" | "bfloat16" | "int8" | "int4") as form, "weight": dict() as weight}:
             arrays = {"weight": weight} | ({"scales": raw["scales"]} if "scales" in raw else {})
         case _:
-            raise CheckpointError(f"{path}: is damaged: expected a tensor with name, form and weight, found {str(raw)[:200]}")
+            raise CheckpointError(f"{path}: is damaged: expected a tensor with name, form and weight, found {str(raw)[:200]}; {_REMEDY}")
     found: Arrays = {}
     for key, array in arrays.items():
         match array:
             case {"dtype": ("float32" | "bfloat16" | "int8" | "uint8") as dtype, "shape": list() as shape}:
                 found[key] = (dtype, tuple(shape))
             case _:
-                raise CheckpointError(f"{path}: is damaged: the {key} of {name[:200]!r} have no dtype or shape")
+                raise CheckpointError(f"{path}: is damaged: the {key} of {name[:200]!r} have no dtype or shape; {_REMEDY}")
     return TensorEntry(name=name, form=form, arrays=found)
 
 
@@ -214,19 +218,24 @@ def _check_names(model_dir: Path, manifest: StoreManifest, config: ModelConfig) 
 
 
 def _open_file(model_dir: Path, file: WeightsFile, *, conversion: str) -> SafetensorsFile:
-    opened = read_safetensors(model_dir / file.name)
+    path = model_dir / file.name
+    if not os.path.lexists(path):
+        raise CheckpointError(f"{path}: is missing, {MANIFEST_NAME} names it; {_REMEDY}")
+    opened = read_safetensors(path)
     if opened.metadata.get("conversion") != conversion:
-        raise CheckpointError(f"{opened.path}: is of another conversion than {MANIFEST_NAME}; two checkpoints were mixed")
+        raise CheckpointError(f"{opened.path}: is of another conversion than {MANIFEST_NAME}; two checkpoints were mixed; {_REMEDY}")
     if opened.metadata.get("file") != file.name:
-        raise CheckpointError(f"{opened.path}: was written as {opened.metadata.get('file', 'another file')[:100]!r}; files were swapped")
+        raise CheckpointError(
+            f"{opened.path}: was written as {opened.metadata.get('file', 'another file')[:100]!r}; files were swapped; {_REMEDY}"
+        )
     if opened.size != file.size:
-        raise CheckpointError(f"{opened.path}: expected {file.size:,} bytes by its manifest, found {opened.size:,}")
+        raise CheckpointError(f"{opened.path}: expected {file.size:,} bytes by its manifest, found {opened.size:,}; {_REMEDY}")
     expected: Arrays = {f"{entry.name}.{key}": array for entry in file.tensors for key, array in entry.arrays.items()}
     found: Arrays = {name: (array.dtype, array.shape) for name, array in opened.arrays.items()}
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             wanted, there = _describe(expected.get(name)), _describe(found.get(name))
-            raise CheckpointError(f"{opened.path}: expected {name[:200]} as {wanted} by {MANIFEST_NAME}, found {there}")
+            raise CheckpointError(f"{opened.path}: expected {name[:200]} as {wanted} by {MANIFEST_NAME}, found {there}; {_REMEDY}")
     return opened
 
 

@@ -1,11 +1,14 @@
 """`grok-server convert`: what the operator sees, and that a server's engine loads the result."""
 
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from small_checkpoints import write_released
+import pytest
+from small_checkpoints import converted, edit_json, write_released
 
 COMMAND = (sys.executable, "-m", "server")
 
@@ -78,3 +81,72 @@ def test_a_server_refuses_an_unfinished_conversion(tmp_path: Path):
     assert result.returncode == 2
     assert "holds no manifest.json: a conversion was interrupted; run it again with the same arguments" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.fixture(scope="module")
+def conversions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model as `int8` and as `int4`, beside its release."""
+    folder = tmp_path_factory.mktemp("conversions")
+    write_released(folder / "released")
+    converted(folder / "released", folder / "int8", "int8")
+    converted(folder / "released", folder / "int4", "int4")
+    return folder
+
+
+def lose_a_shard(model: Path) -> None:
+    (model / "weights-00001.safetensors").unlink()
+
+
+def mix_two_conversions(model: Path) -> None:
+    shutil.copy(model.with_name("int4") / "weights-00001.safetensors", model)
+
+
+def mix_two_formats(model: Path) -> None:
+    shutil.copytree(model.with_name("released") / "ckpt-0", model / "ckpt-0")
+
+
+def cut_the_manifest_off(model: Path) -> None:
+    content = (model / "manifest.json").read_bytes()
+    (model / "manifest.json").write_bytes(content[:500])
+
+
+def name_a_file_elsewhere(model: Path) -> None:
+    edit_json(model / "manifest.json", lambda raw: raw["files"][-1].update(file="../int8/weights-00001.safetensors"))
+
+
+def claim_another_size(model: Path) -> None:
+    edit_json(model / "manifest.json", lambda raw: raw["files"][-1].update(size=5))
+
+
+def claim_other_shapes(model: Path) -> None:
+    edit_json(model / "config.json", lambda raw: raw.update(num_layers=3))
+
+
+@pytest.mark.parametrize(
+    ("damage", "arguments", "complaint"),
+    [
+        (lose_a_shard, [], "weights-00001.safetensors: is missing, manifest.json names it; copy all files of one conversion here again"),
+        (mix_two_conversions, [], "two checkpoints were mixed; copy all files of one conversion here again, or convert again"),
+        (mix_two_formats, [], "holds files of two checkpoints"),
+        (cut_the_manifest_off, [], "manifest.json: is not valid JSON"),
+        (name_a_file_elsewhere, [], "names '../int8/weights-00001.safetensors', which is no file of a conversion"),
+        (claim_another_size, [], "expected 5 bytes by its manifest, found"),
+        (claim_other_shapes, [], "was written for num_layers 2, config.json has 3; put the converted config.json back"),
+        (lambda model: None, ["--tensor-parallel-size", "3"], "3"),  # noqa: ARG005
+    ],
+)
+def test_a_server_refuses_what_it_cannot_trust_before_it_loads_anything(
+    conversions: Path, damage: Callable[[Path], object], arguments: list[str], complaint: str
+):
+    model = conversions / "damaged"
+    shutil.rmtree(model, ignore_errors=True)
+    shutil.copytree(conversions / "int8", model)
+    damage(model)
+
+    result = grok_server("serve", model, "--skip-tokenizer-init", "--port", "0", *arguments)
+
+    assert result.returncode == 2, result.stderr
+    assert complaint in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert "Ready" not in result.stdout
+    assert "load:" not in result.stdout

@@ -147,14 +147,14 @@ def test_a_directory_without_its_manifest_is_unfinished(store: Path) -> None:
 def test_a_missing_shard_is_named(store: Path) -> None:
     weights_files(store)[1].unlink()
 
-    refuse(store, "weights-00002.safetensors: cannot be opened: No such file")
+    refuse(store, "weights-00002.safetensors: is missing, manifest.json names it; copy all files of one conversion here again")
 
 
 def test_a_directory_with_nothing_but_its_manifest_names_the_missing_file(store: Path) -> None:
     for path in weights_files(store):
         path.unlink()
 
-    refuse(store, "weights-00001.safetensors: cannot be opened: No such file")
+    refuse(store, "weights-00001.safetensors: is missing")
 
 
 @pytest.mark.parametrize("kept", [0, 5, 100, 2000, -1])
