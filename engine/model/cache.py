@@ -43,10 +43,6 @@ class CacheArray:
     def shape(self) -> tuple[int, ...]:
         return self.bits.shape
 
-    @property
-    def nbytes(self) -> int:
-        return sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(self))
-
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True)
