@@ -202,7 +202,8 @@ def _facts(model_name: str, info: EngineInfo) -> Table:
     table.add_row("model", f"{model_name}: {info.num_params:,} parameters, {readable_bytes(info.weight_bytes)} of weights")
     compiled = f"{info.num_programs} programs, {info.num_cached_programs} of them compiled before"
     table.add_row("computes in", f"{info.dtype} on {info.num_devices} x {info.backend}; {compiled}")
-    table.add_row("KV cache", f"{info.num_blocks:,} blocks of {info.block_size}: {info.num_blocks * info.block_size:,} tokens in {info.kv_dtype}")
+    num_tokens = info.num_blocks * info.block_size
+    table.add_row("KV cache", f"{info.num_blocks:,} blocks of {info.block_size}: {num_tokens:,} tokens in {info.kv_dtype}")
     table.add_row("one sequence", f"{info.max_model_len:,} tokens, prompt and output")
     table.add_row("at once", f"{info.max_num_seqs:,} sequences, {info.max_num_batched_tokens:,} tokens a step")
     return table
