@@ -349,7 +349,7 @@ def test_a_set_says_how_many_hosts_there_are_and_what_happens_to_them():
     assert SET["apiVersion"] == "leaderworkerset.x-k8s.io/v1"
     assert {*SET["spec"]} == {"replicas", "rolloutStrategy", "leaderWorkerTemplate"}
     assert {*SET["spec"]["leaderWorkerTemplate"]} == {"size", "restartPolicy", "leaderTemplate", "workerTemplate"}
-    assert SET["spec"]["leaderWorkerTemplate"]["restartPolicy"] == "None"
+    assert SET["spec"]["leaderWorkerTemplate"]["restartPolicy"] == "RecreateGroupOnPodRestart"
 
 
 def test_a_worker_is_a_leader_that_nobody_asks_and_that_has_no_keys():
