@@ -426,7 +426,7 @@ def test_the_server_starts_prints_a_curl_serves_and_ends_with_status_0_on_sigter
 def test_while_the_engine_loads_the_server_is_alive_and_not_ready():
     with running("--start", "slow") as server:
         url = server.url
-        server.wait_for("load: 1 B of 2 B")
+        server.wait_for("load: 1 of 3 tensors")
 
         assert httpx.get(f"{url}/livez", timeout=20).status_code == 200
         ready = httpx.get(f"{url}/readyz")
@@ -469,7 +469,7 @@ def test_a_process_that_stands_by_is_gone_soon_after_its_server_was_killed():
 
 def test_an_engine_that_still_loads_is_gone_soon_after_its_server_was_killed():
     with running("--start", "slow") as server:
-        server.wait_for("load: 1 B of 2 B")
+        server.wait_for("load: 1 of 3 tensors")
         pids = children(server.process.pid)
 
         server.process.kill()
@@ -478,7 +478,7 @@ def test_an_engine_that_still_loads_is_gone_soon_after_its_server_was_killed():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a stopped process cannot learn of its parent's end")
-@pytest.mark.parametrize(("start", "sign"), [("ok", "Ready on"), ("slow", "load: 1 B of 2 B")])
+@pytest.mark.parametrize(("start", "sign"), [("ok", "Ready on"), ("slow", "load: 1 of 3 tensors")])
 def test_even_a_stopped_engine_is_gone_soon_after_its_server_was_killed(start, sign):
     with running("--start", start) as server:
         server.wait_for(sign)
