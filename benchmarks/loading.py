@@ -8,12 +8,15 @@ it is, the rest in float32), each with the files out of the page cache, and each
 read to the last array. Memory is the process's anonymous memory (RssAnon of /proc/self/status), looked at every 10 ms, less what it was
 before and less the arrays; the bytes that came from the disk are the kernel's count. Printed, and kept in
 `benchmarks/results/loading.json`. Needs as much memory as the weights and a little more.
+
+Last, one process of two, with 4 of the 8 devices, loads alone: what it reads from the disk is to be its half.
 """
 
 import argparse
 import json
 import os
 import resource
+import socket
 import subprocess
 import sys
 import threading
@@ -41,10 +44,15 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="a directory that scripts/write_wide_checkpoint.py wrote")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--one-load", action="store_true", help=argparse.SUPPRESS)  # the process of one load
+    parser.add_argument("--coordinator", help=argparse.SUPPRESS)  # of two processes, of which this is
+    parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     checkpoint = open_checkpoint(arguments.model, read_model_config(arguments.model))
     if arguments.one_load:
-        print(json.dumps(load(checkpoint, arguments.model)))
+        if arguments.coordinator is not None:
+            join(arguments.coordinator, arguments.rank)
+        print(json.dumps(load(checkpoint, arguments.model) if not arguments.rank else {}), flush=True)
+        sys.stdin.read()  # until it is killed: processes of a group go together
         return
 
     from benchmarks.serving import machine, summary, use_real_time_class
@@ -54,12 +62,13 @@ def main() -> None:
     for _ in range(arguments.rounds):
         rounds.append(one_round(checkpoint, arguments.model))
         time.sleep(SECONDS_BETWEEN_ROUNDS)
+    half = one_of_two(checkpoint, arguments.model)
     figures = {name: summary([row[name] for row in rounds]) for name in rounds[0]}
     largest = sorted((tensor.num_bytes for tensor in checkpoint.tensors.values()), reverse=True)[:2]
     table = Table("figure", "median", "min", "max", title=f"{checkpoint.file_bytes / 1e9:.2f} GB in {len(checkpoint.file_sizes)} files")
     for name, figure in figures.items():
         table.add_row(name, *(f"{figure[key]:.3f}" for key in ("median", "min", "max")))
-    Console().print(table, f"the two largest tensors: {sum(largest) / 1e9:.3f} GB")
+    Console().print(table, f"the two largest tensors: {sum(largest) / 1e9:.3f} GB; one process of two: {half}")
     setting = {
         "files": len(checkpoint.file_sizes),
         "bytes": checkpoint.file_bytes,
@@ -69,7 +78,9 @@ def main() -> None:
         "rounds": arguments.rounds,
         "real_time_class": is_real_time,
     }
-    RESULTS.write_text(json.dumps({"machine": machine(), "setting": setting, "figures": figures}, indent=1) + "\n")
+    RESULTS.write_text(
+        json.dumps({"machine": machine(), "setting": setting, "figures": figures, "one process of two": half}, indent=1) + "\n"
+    )
 
 
 def one_round(checkpoint: Checkpoint, model_dir: Path) -> dict[str, float]:
@@ -83,10 +94,8 @@ def one_round(checkpoint: Checkpoint, model_dir: Path) -> dict[str, float]:
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
 
     forget(checkpoint)
-    command = [sys.executable, "-m", "benchmarks.loading", "--one-load", "--model", str(model_dir)]
-    environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={NUM_DEVICES}"}
-    child = subprocess.run(command, env=os.environ | environment, stdout=subprocess.PIPE, check=True, text=True)
-    loaded: dict[str, float] = json.loads(child.stdout)
+    with process(model_dir, num_devices=NUM_DEVICES) as child:
+        loaded = result(child)
 
     gigabytes = checkpoint.file_bytes / 1e9
     row = {
@@ -103,6 +112,52 @@ def one_round(checkpoint: Checkpoint, model_dir: Path) -> dict[str, float]:
     }
     print(json.dumps({name: round(value, 3) for name, value in row.items()}), flush=True)
     return row
+
+
+def one_of_two(checkpoint: Checkpoint, model_dir: Path) -> dict[str, float]:
+    """The load of a process that has half of the devices, while the one with the others does nothing."""
+    forget(checkpoint)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+    options = ("--coordinator", coordinator, "--rank")
+    with (
+        process(model_dir, *options, "0", num_devices=NUM_DEVICES // 2) as loading,
+        process(model_dir, *options, "1", num_devices=NUM_DEVICES // 2),
+    ):
+        loaded = result(loading)
+    return {
+        "GB from the disk": round(loaded["disk_bytes"] / 1e9, 3),
+        "arrays, GB": round(loaded["array_bytes"] / 1e9, 3),
+        "anonymous memory beside the arrays, GB": round(loaded["extra_bytes"] / 1e9, 3),
+        "GB/s": round(loaded["array_bytes"] / loaded["seconds"] / 1e9, 3),
+    }
+
+
+@contextmanager
+def process(model_dir: Path, *options: str, num_devices: int) -> Iterator[subprocess.Popen[str]]:
+    """One that loads, and ends with the context."""
+    command = [sys.executable, "-m", "benchmarks.loading", "--one-load", "--model", str(model_dir), *options]
+    environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}"}
+    with subprocess.Popen(command, env=os.environ | environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        try:
+            yield child
+        finally:
+            child.kill()
+
+
+def result(child: subprocess.Popen[str]) -> dict[str, float]:
+    """What a process tells of its load. Raises `ValueError` where it ended without."""
+    assert child.stdout is not None
+    return json.loads(child.stdout.readline())
+
+
+def join(coordinator: str, rank: int) -> None:
+    """Make this process one of two that know each other's devices."""
+    import jax
+
+    jax.distributed.initialize(coordinator, num_processes=2, process_id=rank)
+    jax.devices()
 
 
 def forget(checkpoint: Checkpoint) -> None:
@@ -122,7 +177,7 @@ def load(checkpoint: Checkpoint, model_dir: Path) -> dict[str, float]:
 
     config = read_model_config(model_dir)
     (mesh,) = make_meshes(MeshConfig(tensor=NUM_DEVICES), config)
-    for device in mesh.devices.flat:
+    for device in jax.local_devices():
         jax.device_put(1, device).block_until_ready()
     before = resource.getrusage(resource.RUSAGE_SELF)
     start_bytes = status_bytes("RssAnon")
