@@ -6,9 +6,10 @@
     conversion.json              only while a conversion is unfinished: what is done of it
 
 A directory without its manifest is unfinished and refused. Swapped files, and files of two conversions in one directory, show in their
-headers, so that opening need not read the weights; `verify` compares the digests.
+headers, so that opening need not read the weights; `verify` compares their digests.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -34,6 +35,7 @@ COPIED_NAMES = ("config.json", "tokenizer.model")
 INT4_GROUPS = (64, 128)  # rows that share a scale
 
 _MAX_MANIFEST_BYTES = 64 << 20
+_MAX_COPIED_BYTES = 256 << 20
 _REMEDY = "copy all files of one conversion here again, or convert again"
 
 Arrays = dict[str, tuple[StoredDType, tuple[int, ...]]]  # type and shape, by name
@@ -96,11 +98,12 @@ class WeightsFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreManifest:
-    """What of a manifest has to be known to open the files; digests are read by `manifest.read_manifest`."""
+    """What of a manifest has to be known to open the files; digests of weights are read by `manifest.read_manifest`."""
 
     conversion: str  # which one wrote it: a digest of source and settings
     config: Mapping[str, Any]
     files: tuple[WeightsFile, ...]
+    copied: Mapping[str, str]  # SHA-256 of the other files, by name
 
 
 def open_store(model_dir: Path, config: ModelConfig, *, report: Callable[[HostTensor], None] | None = None) -> Checkpoint:
@@ -110,6 +113,7 @@ def open_store(model_dir: Path, config: ModelConfig, *, report: Callable[[HostTe
         raise CheckpointError(f"{model_dir}: holds no {MANIFEST_NAME}: a conversion was interrupted; run it again with the same arguments")
     manifest = read_store_manifest(path)
     _check_config(path, manifest, config)
+    _check_copied(model_dir, manifest)
     _check_names(model_dir, manifest, config)
     specs = {spec.name: spec for spec in each_spec(param_specs(config))}
     tensors: dict[str, HostTensor] = {}
@@ -151,7 +155,8 @@ def read_store_manifest(path: Path) -> StoreManifest:
             "files": list() as files,
         }:
             parsed = [_parse_file(path, file) for file in files]
-            return StoreManifest(conversion=conversion, config=config, files=tuple(file for file in parsed if file.tensors))
+            copied = {file.name: str(raw["sha256"]) for file, raw in zip(parsed, files, strict=True) if not file.tensors}
+            return StoreManifest(conversion=conversion, config=config, files=tuple(file for file in parsed if file.tensors), copied=copied)
         case _:
             raise CheckpointError(f"{path}: is damaged: expected format, version, conversion, config and files; {_REMEDY}")
 
@@ -202,6 +207,14 @@ def _check_config(path: Path, manifest: StoreManifest, config: ModelConfig) -> N
         if given.get(key) != manifest.config.get(key):
             found, wanted = given.get(key), manifest.config.get(key)
             raise CheckpointError(f"{path}: was written for {key} {wanted}, config.json has {found}; put the converted config.json back")
+
+
+def _check_copied(model_dir: Path, manifest: StoreManifest) -> None:
+    """The small files are read anyway. One that is not there is missed by who needs it: a tokenizer may also be given by a flag."""
+    for name, digest in manifest.copied.items():
+        path = model_dir / name
+        if os.path.lexists(path) and hashlib.sha256(read_small_file(path, max_bytes=_MAX_COPIED_BYTES)).hexdigest() != digest.lower():
+            raise CheckpointError(f"{path}: is not the file that the conversion put here, by its digest in {MANIFEST_NAME}; {_REMEDY}")
 
 
 def _check_names(model_dir: Path, manifest: StoreManifest, config: ModelConfig) -> None:

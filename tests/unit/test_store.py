@@ -206,6 +206,13 @@ def test_another_config_is_refused_with_the_difference(store: Path) -> None:
     refuse(store, "manifest.json: was written for rope_base 10000.0, config.json has 5000.0")
 
 
+def test_a_config_that_was_edited_after_the_conversion_is_refused_even_where_it_says_the_same(store: Path) -> None:
+    config = store / "config.json"
+    config.write_bytes(config.read_bytes() + b"\n")
+
+    refuse(store, r"config\.json: is not the file that the conversion put here, by its digest in manifest\.json; copy all files")
+
+
 def test_other_layers_are_refused_before_anything_is_built(store: Path) -> None:
     def change(manifest: Any) -> None:
         manifest["config"]["num_layers"] = 10**9
