@@ -15,8 +15,8 @@ from statistics import median
 import numpy as np
 
 from engine.batch import StepLayout
-from engine.group_channel import GroupChannel, connect, listen
-from engine.group_messages import Choose, Launch, encode
+from engine.group.channel import GroupChannel, connect, listen
+from engine.group.messages import Choose, Launch, encode
 from engine.transport import MAX_FRAME_BYTES, to_frame
 
 RESULT = Path(__file__).parent / "results" / "group.json"

@@ -205,7 +205,7 @@ def run_engine(channel: BlockingChannel, *, builder: Builder, on_disconnect: Cal
 class OnDevices:
     """Builds the real engine, together with the other processes where it is one of a group. Imports jax, which takes seconds.
 
-    `on_lost` and `on_unable` end this process for its group, see `engine/group_start.py`.
+    `on_lost` and `on_unable` end this process for its group, see `engine/group/start.py`.
     """
 
     def __init__(self, *, on_lost: Callable[[str], Never], on_unable: Callable[[str], Never]) -> None:
@@ -230,7 +230,7 @@ class OnDevices:
         grammars = self._grammars or _load_grammars(options)
         if options.group is None:
             return build_engine(_resolve(options), report=report, programs=self._programs, grammars=grammars)
-        from engine.group_start import lead
+        from engine.group.start import lead
 
         group, config = lead(options, report=report, on_lost=self._on_lost, on_unable=self._on_unable)
         try:
@@ -241,7 +241,7 @@ class OnDevices:
 
     def follow(self, message: Follow, report: Callable[[Progress], None]) -> Never:
         _prepare_environment(message.options)
-        from engine.group_start import follow
+        from engine.group.start import follow
 
         follow(message, report=report, on_lost=self._on_lost, on_dismissed=self._on_unable)
 

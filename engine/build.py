@@ -32,7 +32,7 @@ from engine.types import EngineInfo, Progress
 
 
 class Leader(Protocol):
-    """What this process is to the others of its group; `engine/group.py` has the real one."""
+    """What this process is to the others of its group; `engine/group/leader.py` has the real one."""
 
     def wait_until_built(self) -> None:
         """Until they have built what this one has, and wait for calls."""

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from engine.config import GroupConfig
-from engine.distributed import _local_device_ids, own_cache_dir
 from engine.errors import ConfigError
+from engine.group.distributed import _local_device_ids, own_cache_dir
 
 GROUP = GroupConfig(num_nodes=2, processes_per_node=2)
 

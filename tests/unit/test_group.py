@@ -19,12 +19,12 @@ from scripted_runner import engine_config
 from engine.batch import Batch, StepKind, StepLayout
 from engine.config import EngineConfig, EngineOptions, GroupConfig, MeshConfig
 from engine.errors import ConfigError, TransportError
-from engine.fingerprint import fingerprint
-from engine.follower import Follower
-from engine.group import MAX_FRAME_BYTES, Group, free_port, hello
-from engine.group_calls import MASKS_AT_ONCE, FollowingRunner, LeadingRunner
-from engine.group_channel import GroupChannel, connect, listen
-from engine.group_messages import Call, Described, Devices, Dismissed, Hello, Launch, decode_from_leader, encode
+from engine.group.calls import MASKS_AT_ONCE, FollowingRunner, LeadingRunner
+from engine.group.channel import GroupChannel, connect, listen
+from engine.group.fingerprint import fingerprint
+from engine.group.follower import Follower
+from engine.group.leader import MAX_FRAME_BYTES, Group, free_port, hello
+from engine.group.messages import Call, Described, Devices, Dismissed, Hello, Launch, decode_from_leader, encode
 from engine.messages import Follow
 from engine.transport import MAX_FRAME_BYTES as FROM_LEADER
 from engine.types import Progress, SamplingParams
@@ -285,7 +285,7 @@ def test_who_says_nothing_counts_as_gone():
 
 
 def test_beats_are_signs_of_life_and_no_news(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("engine.group_channel.BEAT_S", 0.05)
+    monkeypatch.setattr("engine.group.channel.BEAT_S", 0.05)
     with listen(HOST, 0) as listener:
         ours = GroupChannel(connect(*listener.getsockname(), timeout_s=5), max_frame_bytes=100, silence_s=0.5)
         theirs = GroupChannel(listener.accept()[0], max_frame_bytes=100)

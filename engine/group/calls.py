@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from engine.batch import Batch, StepKind
 from engine.core import WarmRunner
 from engine.errors import TransportError
-from engine.group_messages import Call, Choose, Launch, ResetSlot, WarmUp, WriteMasks
+from engine.group.messages import Call, Choose, Launch, ResetSlot, WarmUp, WriteMasks
 from engine.types import SamplingParams
 
 MASKS_AT_ONCE = 64  # told in one message

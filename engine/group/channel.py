@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 from engine.errors import TransportError
-from engine.group_messages import Beat, encode
+from engine.group.messages import Beat, encode
 from engine.transport import FrameParser, to_frame
 
 BEAT_S = 1.0

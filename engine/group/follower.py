@@ -1,7 +1,7 @@
 """Follower: an engine process that computes what the leader of its group tells it to, and decides nothing.
 
 It connects to the leader, is told where the runtimes meet and what to build, builds it from its own machine's files, and from there on
-makes every call of the leader's runner in the same order (`engine/group_calls.py`). Its results it never looks at.
+makes every call of the leader's runner in the same order (`engine/group/calls.py`). Its results it never looks at.
 
 The reader's thread ends the process where the leader does, is silent, or dismisses it: the main thread may be waiting for other processes
 on the device, and would wait for ever.
@@ -17,11 +17,11 @@ from typing import Never, Protocol
 from engine.config import EngineConfig
 from engine.core import WarmRunner
 from engine.errors import ConfigError, EngineError, TransportError
-from engine.fingerprint import fingerprint
-from engine.group import FAREWELL_S, hello
-from engine.group_calls import FollowingRunner
-from engine.group_channel import SILENCE_S, GroupChannel, connect
-from engine.group_messages import (
+from engine.group.calls import FollowingRunner
+from engine.group.channel import SILENCE_S, GroupChannel, connect
+from engine.group.fingerprint import fingerprint
+from engine.group.leader import FAREWELL_S, hello
+from engine.group.messages import (
     Beat,
     Build,
     Built,
@@ -40,7 +40,7 @@ from engine.types import Progress
 
 
 class FollowingBuilder(Protocol):
-    """What a follower does with jax; `engine/group_start.py` has the real one."""
+    """What a follower does with jax; `engine/group/start.py` has the real one."""
 
     def join(self, coordinator: str) -> Devices:
         """Meet the other processes' runtimes. Raises `EngineError` for devices that cannot be shared."""

@@ -1,7 +1,7 @@
 """The runtimes of a group's processes as one: `jax.distributed`, and what has to hold for it.
 
 On a CPU they talk by gloo, over the address to which each machine's own name resolves; on GPUs by NCCL. Both find ports of their own.
-Used by `engine/__main__.py`, which keeps the group's connection beside it: the runtime's own watch takes minutes to notice a death.
+Used by `engine/group/start.py`, which has the group's connection beside it: the runtime's own watch takes minutes to notice a death.
 """
 
 import os

@@ -6,7 +6,7 @@ model and settings: whoever does not is dismissed with the reason. From then on 
 connection, or silence on it, ends this process from the thread that notices, whatever the main thread waits for on the device; the others
 see that and end.
 
-Two threads per follower, one that reads and one that beats. The main thread sends each call of the runner (`engine/group_calls.py`).
+Two threads per follower, one that reads and one that beats. The main thread sends each call of the runner (`engine/group/calls.py`).
 """
 
 import socket
@@ -23,10 +23,10 @@ from typing import Any, Never, cast
 from engine.config import EngineConfig, EngineOptions, GroupConfig
 from engine.core import WarmRunner
 from engine.errors import ConfigError, TransportError
-from engine.fingerprint import fingerprint
-from engine.group_calls import LeadingRunner
-from engine.group_channel import SILENCE_S, START_SILENCE_S, GroupChannel, listen
-from engine.group_messages import (
+from engine.group.calls import LeadingRunner
+from engine.group.channel import SILENCE_S, START_SILENCE_S, GroupChannel, listen
+from engine.group.fingerprint import fingerprint
+from engine.group.messages import (
     Build,
     Built,
     Described,

@@ -24,7 +24,7 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, tag="hello"):
 class Described(msgspec.Struct, frozen=True, array_like=True, tag="described"):
     """Follower to leader, second: what it would serve."""
 
-    fingerprint: str  # of the model's files, see `engine/fingerprint.py`
+    fingerprint: str  # of the model's files, see `engine/group/fingerprint.py`
     options: EngineOptions  # as its own node's flags say
 
 

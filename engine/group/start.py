@@ -1,6 +1,6 @@
 """How an engine process becomes one of a group: the leader, or one that follows it. What needs both the group's messages and jax.
 
-    1. All meet at the leader (`engine/group.py`), agree, and are told where their runtimes meet (`engine/distributed.py`).
+    1. All meet at the leader (`engine/group/leader.py`), agree, and are told where their runtimes meet (`engine/group/distributed.py`).
     2. Each tells what devices it has; the leader resolves the configuration for the weakest, so that all build the same programs.
     3. Each builds. When all have, the leader tries the largest step, which the others make with it, and is ready.
 
@@ -17,10 +17,10 @@ from typing import Never
 from engine.config import EngineConfig, EngineOptions, GroupConfig
 from engine.core import WarmRunner
 from engine.errors import ConfigError
-from engine.follower import Follower
 from engine.footprint import Device
-from engine.group import Group, free_port
-from engine.group_messages import Devices
+from engine.group.follower import Follower
+from engine.group.leader import Group, free_port
+from engine.group.messages import Devices
 from engine.heap import settle_heap
 from engine.messages import Follow
 from engine.types import Progress
@@ -43,7 +43,7 @@ def lead(
 
 def _config(group: Group, options: EngineOptions) -> EngineConfig:
     """For the devices that all have together, each process as many as the others."""
-    from engine.distributed import join, own_cache_dir
+    from engine.group.distributed import join, own_cache_dir
     from engine.memory_check import config_for
 
     host = group.config.host
@@ -101,7 +101,7 @@ class _Devices:
         self._report = report
 
     def join(self, coordinator: str) -> Devices:
-        from engine.distributed import join
+        from engine.group.distributed import join
 
         join(self._group, process_id=self._process_id, coordinator=coordinator)
         devices, _ = _look_at_devices(self._options, self._group)
@@ -110,7 +110,7 @@ class _Devices:
     def build(self, config: EngineConfig) -> Sequence[WarmRunner]:
         """From this machine's files."""
         from engine.build import build_runners
-        from engine.distributed import own_cache_dir
+        from engine.group.distributed import own_cache_dir
 
         cache_dir = own_cache_dir(self._options.compile_cache_dir, self._group, process_id=self._process_id)
         config = replace(config, model_dir=self._options.model_dir, compile_cache_dir=cache_dir)
