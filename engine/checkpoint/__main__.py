@@ -26,9 +26,10 @@ from engine.checkpoint.convert import ConvertProgress, Settings, convert
 from engine.checkpoint.store import INT4_GROUPS
 from engine.checkpoint.tensors import HostTensor
 from engine.checkpoint.verify import verify
-from engine.config import read_model_config
-from engine.errors import EngineError
+from engine.config import model_directories, read_model_config
+from engine.errors import CheckpointError, EngineError
 from engine.host_memory import host_memory_bytes
+from engine.tokenizer import FILE_NAME, Tokenizer, find_tokenizer
 from engine.types import Progress
 
 
@@ -94,6 +95,18 @@ def inspect(model_dir: Path, *, is_verified: bool) -> None:
     )
 
 
+def prompts_of(source: Path, *, texts: list[str], token_ids: list[str]) -> Prompts:
+    """By their texts, which begin a document, and by their token ids, which are taken as they are. Raises `EngineError`."""
+    prompts = {given: list(map(int, given.split())) for given in token_ids}
+    bos_token = read_model_config(source).bos_token
+    if texts:
+        if not any((directory / FILE_NAME).is_file() for directory in model_directories(source)):
+            raise CheckpointError(f"{source}: there is no {FILE_NAME} for --compare-prompt; give --compare-token-ids instead")
+        tokenizer = Tokenizer.load(find_tokenizer(source, None))
+        prompts |= {text: [bos_token, *tokenizer.encode(text)] for text in texts}
+    return prompts
+
+
 def _print_tensor(tensor: HostTensor) -> None:
     _print(
         tensor={
@@ -119,9 +132,7 @@ def _print_comparison(source: Path, target: Path) -> None:
 
 
 def _print_logit_errors(arguments: argparse.Namespace) -> None:
-    prompts = Prompts(
-        texts=tuple(arguments.prompt), token_ids=tuple(tuple(map(int, token_ids.split())) for token_ids in arguments.token_ids)
-    )
+    prompts = prompts_of(arguments.source, texts=arguments.prompt, token_ids=arguments.token_ids)
     settings = Settings(weights=arguments.weights, group=arguments.group) if arguments.weights else None
     check(arguments.source, prompts, memory_bytes=host_memory_bytes(), target=arguments.target, settings=settings)
     found: list[LogitError] = []

@@ -5,7 +5,7 @@ work. The result is kept beside the weights, in `REPORT_NAME`.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -15,10 +15,11 @@ from engine.checkpoint.checkpoint import open_checkpoint
 from engine.checkpoint.convert import Settings, target_entries
 from engine.checkpoint.logits import Arithmetic, prompt_logits
 from engine.checkpoint.tensors import Checkpoint, WeightForm
-from engine.config import ModelConfig, model_directories, read_model_config
+from engine.config import ModelConfig, read_model_config
 from engine.errors import CheckpointError
 from engine.model.params import LayerParams, each_spec, layer_specs, param_specs
-from engine.tokenizer import Tokenizer, find_tokenizer
+
+Prompts = Mapping[str, Sequence[int]]  # token ids, by the name under which the result tells of them
 
 REPORT_NAME = "logit-errors.json"
 MAX_PROMPT_TOKENS = 512
@@ -27,18 +28,10 @@ _RUNTIME_BYTES = 512 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Prompts:
-    """What was asked for: texts, which need a tokenizer, and runs of token ids, which do not and are taken as they are."""
-
-    texts: tuple[str, ...] = ()
-    token_ids: tuple[tuple[int, ...], ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class LogitError:
     """How far the logits of one prompt are from the source's, over all its positions."""
 
-    prompt: str  # the text, or its token ids
+    prompt: str  # its name
     num_tokens: int  # with the start token
     max_error: float
     rms_error: float
@@ -53,7 +46,7 @@ def check(source: Path, prompts: Prompts, *, memory_bytes: int, target: Path | N
     """
     config = read_model_config(source)
     checkpoint = open_checkpoint(source, config)
-    _tokenized(source, config, prompts)
+    _check_prompts(prompts, config)
     forms = [_stored_forms(checkpoint)]
     if settings is not None:
         forms.append({entry.name: (entry.form, entry.num_bytes) for entry in target_entries(checkpoint, config, settings)})
@@ -69,12 +62,10 @@ def check(source: Path, prompts: Prompts, *, memory_bytes: int, target: Path | N
 
 def compare_logits(source: Path, target: Path, prompts: Prompts, *, report: Callable[[LogitError], None]) -> list[LogitError]:
     """Compute all prompts with both, and keep the result beside the target's weights. Raises `EngineError`; `check` comes first."""
-    runs = _tokenized(source, read_model_config(source), prompts)
-    expected = list(prompt_logits(source, list(runs.values()), Arithmetic()))
+    runs = list(prompts.values())
+    expected = list(prompt_logits(source, runs, Arithmetic()))
     found: list[LogitError] = []
-    for (prompt, token_ids), logits, other in zip(
-        runs.items(), expected, prompt_logits(target, list(runs.values()), Arithmetic()), strict=True
-    ):
+    for (prompt, token_ids), logits, other in zip(prompts.items(), expected, prompt_logits(target, runs, Arithmetic()), strict=True):
         error = other - logits
         found.append(
             LogitError(
@@ -96,21 +87,13 @@ def compare_logits(source: Path, target: Path, prompts: Prompts, *, report: Call
     return found
 
 
-def _tokenized(source: Path, config: ModelConfig, prompts: Prompts) -> dict[str, list[int]]:
-    """The token ids of every prompt. A text begins a document."""
-    runs = {" ".join(map(str, token_ids)): list(token_ids) for token_ids in prompts.token_ids}
-    if prompts.texts:
-        if not any((directory / "tokenizer.model").is_file() for directory in model_directories(source)):
-            raise CheckpointError(f"{source}: there is no tokenizer.model for --compare-prompt; give --compare-token-ids instead")
-        tokenizer = Tokenizer.load(find_tokenizer(source, None))
-        runs |= {text: [config.bos_token, *tokenizer.encode(text)] for text in prompts.texts}
+def _check_prompts(prompts: Prompts, config: ModelConfig) -> None:
     most = min(MAX_PROMPT_TOKENS, config.sequence_len)
-    for prompt, token_ids in runs.items():
+    for prompt, token_ids in prompts.items():
         if not 1 <= len(token_ids) <= most:
             raise CheckpointError(f"the prompt {prompt[:40]!r} to compare is {len(token_ids):,} tokens, must be 1 to {most:,}")
         if outside := [token_id for token_id in token_ids if not 0 <= token_id < config.vocab_size]:
             raise CheckpointError(f"the token id {outside[0]} to compare is outside the vocabulary of {config.vocab_size:,}")
-    return runs
 
 
 def _stored_forms(checkpoint: Checkpoint) -> dict[str, tuple[WeightForm, int]]:

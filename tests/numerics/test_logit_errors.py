@@ -1,7 +1,6 @@
 """How far a conversion moves the logits of given prompts, and what is refused before it begins."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -10,14 +9,17 @@ from forward_harness import ForwardHarness, engine_config, no_report
 from small_checkpoints import CONFIG, converted, opened, write_released
 from tiny_tokenizer import tiny_model_proto
 
-from engine.checkpoint.compare_logits import MAX_PROMPT_TOKENS, REPORT_NAME, LogitError, Prompts, check, compare_logits
+from engine.checkpoint.__main__ import prompts_of
+from engine.checkpoint.compare_logits import MAX_PROMPT_TOKENS, REPORT_NAME, LogitError, check, compare_logits
 from engine.checkpoint.convert import Settings
 from engine.checkpoint.load import load_params
 from engine.checkpoint.logits import Arithmetic, prompt_logits
 from engine.errors import CheckpointError
 from engine.sharding import make_meshes
+from engine.tokenizer import Tokenizer
 
 RUNS = ((1, 5, 9, 31, 2, 7, 7), (3,))
+PROMPTS = {"seven tokens": RUNS[0], "one": RUNS[1]}
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +33,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def compared(models: Path, target: str) -> list[LogitError]:
-    return compare_logits(models / "released", models / target, Prompts(token_ids=RUNS), report=lambda _: None)
+    return compare_logits(models / "released", models / target, PROMPTS, report=lambda _: None)
 
 
 def test_the_logits_are_those_of_the_serving_forward_pass(models: Path):
@@ -70,44 +72,47 @@ PLENTY = 1 << 50
 
 
 @pytest.mark.parametrize(
-    ("prompts", "complaint"),
+    ("token_ids", "complaint"),
     [
-        ({"token_ids": ((CONFIG.vocab_size,),)}, "token id 32 to compare is outside the vocabulary of 32"),
-        ({"token_ids": ((1,) * 65,)}, "is 65 tokens, must be 1 to 64"),
-        ({"token_ids": ((),)}, "is 0 tokens"),
-        ({"texts": ("once",)}, "there is no tokenizer.model for --compare-prompt; give --compare-token-ids instead"),
+        ((CONFIG.vocab_size,), "token id 32 to compare is outside the vocabulary of 32"),
+        ((1,) * 65, "is 65 tokens, must be 1 to 64"),
+        ((), "is 0 tokens"),
     ],
 )
-def test_a_prompt_that_the_model_cannot_take_is_refused_before_the_conversion(models: Path, prompts: Mapping[str, tuple], complaint: str):
+def test_a_prompt_that_the_model_cannot_take_is_refused_before_the_conversion(models: Path, token_ids: tuple[int, ...], complaint: str):
     with pytest.raises(CheckpointError, match=complaint):
-        check(models / "released", Prompts(**prompts), memory_bytes=PLENTY, settings=Settings(weights="int4", group=64))
+        check(models / "released", {"": token_ids}, memory_bytes=PLENTY, settings=Settings(weights="int4", group=64))
 
 
 def test_a_prompt_of_all_the_context_is_taken(models: Path):
     assert CONFIG.sequence_len < MAX_PROMPT_TOKENS
-    check(models / "released", Prompts(token_ids=((1,) * CONFIG.sequence_len,)), memory_bytes=PLENTY)
+    check(models / "released", {"": (1,) * CONFIG.sequence_len}, memory_bytes=PLENTY)
 
 
-def test_a_text_is_tokenised_with_the_start_of_a_document(tmp_path: Path):
+def test_a_text_begins_a_document_and_token_ids_are_taken_as_they_are(tmp_path: Path):
     released = write_released(tmp_path / "released")
     (released / "tokenizer.model").write_bytes(tiny_model_proto())
-    with pytest.raises(CheckpointError, match="outside the vocabulary of 32"):
-        check(released, Prompts(texts=("once upon a time",)), memory_bytes=PLENTY)
+
+    prompts = prompts_of(released, texts=["once upon a time"], token_ids=["7 8"])
+
+    text_token_ids = Tokenizer(tiny_model_proto()).encode("once upon a time")
+    assert prompts == {"7 8": [7, 8], "once upon a time": [CONFIG.bos_token, *text_token_ids]}
+
+
+def test_a_text_without_a_tokenizer_is_refused(models: Path):
+    with pytest.raises(CheckpointError, match=r"there is no tokenizer.model for --compare-prompt; give --compare-token-ids instead"):
+        prompts_of(models / "released", texts=["once"], token_ids=[])
 
 
 def test_a_model_that_is_too_large_for_the_machine_is_refused_before_the_conversion(models: Path):
-    prompts = Prompts(token_ids=RUNS)
-
     with pytest.raises(CheckpointError, match=r"comparing logits takes about [0-9,]+ bytes of memory, 1,000 are here"):
-        check(models / "released", prompts, memory_bytes=1000, settings=Settings(weights="int4", group=64))
+        check(models / "released", PROMPTS, memory_bytes=1000, settings=Settings(weights="int4", group=64))
 
 
 def test_bfloat16_weights_count_as_the_floats_that_they_become(models: Path):
-    prompts = Prompts(token_ids=RUNS)
-
     def needed(settings: Settings | None) -> int:
         with pytest.raises(CheckpointError) as refused:
-            check(models / "released", prompts, memory_bytes=0, settings=settings)
+            check(models / "released", PROMPTS, memory_bytes=0, settings=settings)
         return int(str(refused.value).split("about ")[1].split(" bytes")[0].replace(",", ""))
 
     num_matrix_params = sum(tensor.spec.num_params for tensor in opened(models / "released").tensors.values() if tensor.spec.is_quantized)
