@@ -127,7 +127,7 @@ class Settings(BaseSettings):
         None, description="keeps compiled programs between starts (default: in the user's cache directory)"
     )
     engine_stall_timeout: float = Field(
-        10.0, ge=1, allow_inf_nan=False, description="seconds of silence, or 20 of the largest steps, before a ready engine is replaced"
+        8.0, ge=1, allow_inf_nan=False, description="seconds of silence, or 20 of the largest steps, before a ready engine is replaced"
     )
     engine_start_timeout: float = Field(
         1800.0, ge=1, allow_inf_nan=False, description="seconds without progress before an engine that loads or compiles is replaced"

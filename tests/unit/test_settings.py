@@ -41,7 +41,7 @@ def test_defaults_are_those_that_are_documented():
 
     assert (settings.host, settings.port, settings.dtype) == ("127.0.0.1", 8000, "auto")
     assert (settings.max_num_seqs, settings.max_num_batched_tokens, settings.block_size) == (64, 256, 16)
-    assert (settings.max_logprobs, settings.shutdown_timeout, settings.engine_stall_timeout) == (20, 30, 10)
+    assert (settings.max_logprobs, settings.shutdown_timeout, settings.engine_stall_timeout) == (20, 30, 8)
 
 
 def test_a_flag_wins_over_the_environment_which_wins_over_yaml_which_wins_over_the_default(tmp_path, monkeypatch):
