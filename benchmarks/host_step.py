@@ -15,10 +15,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.__main__ import EngineLoop
 from engine.batch import TILE, Batch, StepLayout
 from engine.config import CacheConfig, EngineConfig, MeshConfig, ModelConfig, SchedulerConfig
 from engine.core import EngineCore
+from engine.engine_loop import EngineLoop
 from engine.messages import FromEngine, encode
 from engine.types import EngineInfo, GenerationRequest, SamplingParams
 

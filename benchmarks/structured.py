@@ -18,10 +18,10 @@ from pathlib import Path
 from llguidance import LLMatcher
 
 from benchmarks.serving import machine, show, summary, use_real_time_class
-from engine.__main__ import EngineLoop
 from engine.build import build_engine
 from engine.constraints import Grammars
 from engine.core import EngineCore
+from engine.engine_loop import EngineLoop
 from engine.grammar import GrammarMatcher, GrammarTokenizer
 from engine.messages import Deltas, FromEngine, Submit, encode
 from engine.tokenizer import Tokenizer

@@ -2,8 +2,8 @@
 
 Two threads. The reader turns frames into messages; the end of the connection, at any time, ends the process at once, so that no engine
 outlives its server, not even one that is loading or compiling; a stopped one, which sees nothing, is the kernel's (`die_with_parent`).
-The main thread builds the engine and then runs the loop: take what arrived, step, send the news. jax is imported only when the options are
-here and the reader is watching.
+The main thread builds the engine and then runs the loop (`engine/engine_loop.py`): take what arrived, step, send the news. jax is imported
+only when the options are here and the reader is watching.
 
 The server takes silence for a hang, so something is said at least every `SIGN_OF_LIFE_S`: by the loop, which a hanging step keeps from it,
 and before readiness by a thread of its own, because one tensor or program may take minutes.
@@ -25,7 +25,6 @@ import signal
 import socket
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -35,60 +34,33 @@ from typing import TYPE_CHECKING, Never, Protocol
 
 from engine.config import EngineConfig, EngineOptions
 from engine.constraints import Grammars
-from engine.errors import DoesNotFitError, EngineError, RequestError, TransportError
+from engine.engine_loop import SIGN_OF_LIFE_S, Core, EngineLoop
+from engine.errors import DoesNotFitError, EngineError, TransportError
 from engine.grammar import GrammarMatcher, GrammarTokenizer
 from engine.heap import settle_heap, share_arenas
 from engine.messages import (
-    Abort,
-    Begun,
     Configure,
     Deltas,
     Failed,
     Follow,
-    FromEngine,
     FromServer,
     Prepare,
-    Queued,
     Ready,
-    Refused,
     Report,
-    Submit,
     decode_from_server,
     encode,
 )
 from engine.transport import BlockingChannel
-from engine.types import EngineInfo, EngineStats, GenerationRequest, Progress, TokenDelta
+from engine.types import EngineStats, Progress
 
 if TYPE_CHECKING:  # it imports jax
     from engine.programs import Programs
-
-SIGN_OF_LIFE_S = 0.5  # at most this long, and a step, without a message
 
 START_FAILED = 2
 CRASHED = 1
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _MOST_EXPENDABLE = 1000  # linux/oom.h
-
-
-class Core(Protocol):
-    """What the loop drives; `engine/core.py` has the real one."""
-
-    info: EngineInfo
-    on_begin: Callable[[list[str]], object] | None
-
-    def submit(self, request: GenerationRequest, *, output_token_ids: tuple[int, ...] = (), num_scored_tokens: int = 0) -> bool:
-        """True if it only waits, until `on_begin` is told of it. Raises `RequestError` for a request that can never run."""
-        ...
-
-    def abort(self, request_id: str) -> None: ...
-
-    @property
-    def has_work(self) -> bool: ...
-
-    def step(self) -> list[TokenDelta]: ...
-
-    def stats(self) -> EngineStats: ...
 
 
 class Builder(Protocol):
@@ -105,65 +77,6 @@ class Builder(Protocol):
     def follow(self, message: Follow, report: Callable[[Progress], None]) -> Never:
         """Be led by another engine process from here on. Raises `EngineError` where that cannot be."""
         ...
-
-
-class EngineLoop:
-    """Messages in, steps, messages out. Neither waits nor knows threads; `run_engine` drives it."""
-
-    def __init__(self, core: Core, *, send: Callable[[FromEngine], None], clock: Callable[[], float] = time.monotonic) -> None:
-        self._core = core
-        self._send = send
-        self._clock = clock
-        self._last_stats: EngineStats | None = None
-        self._last_sent_s = clock()
-        self._new: list[str] = []  # submitted, only waiting, and not told so yet
-        self._queued: set[str] = set()  # told
-        core.on_begin = self._begin
-
-    def take(self, message: FromServer) -> None:
-        """Let one message change what the next turn does."""
-        match message:
-            case Submit(request=request, output_token_ids=output, num_scored_tokens=num_scored):
-                try:
-                    if self._core.submit(request, output_token_ids=output, num_scored_tokens=num_scored):
-                        self._new.append(request.request_id)
-                except RequestError as error:
-                    self._send(Refused(request.request_id, str(error)))
-            case Abort(request_id=request_id):
-                self._core.abort(request_id)
-                self._forget([request_id])
-            case Configure() | Prepare() | Follow():
-                raise TransportError("the server configured an engine that is already running")
-
-    def turn(self) -> None:
-        """One step where there is work; then the news, if there is any."""
-        deltas = self._core.step() if self._core.has_work else []
-        stats = self._core.stats()
-        if deltas or self._is_worth_telling(stats):
-            self._send(Deltas(deltas, stats))
-            self._last_stats, self._last_sent_s = stats, self._clock()
-        if self._new or self._queued:
-            self._forget([delta.request_id for delta in deltas if delta.finish_reason is not None])
-        if self._new:
-            self._send(Queued(self._new))
-            self._queued.update(self._new)
-            self._new = []
-
-    def _begin(self, request_ids: list[str]) -> None:
-        """Whoever was told that these only wait is told before they are computed that they do not any more."""
-        begun = [request_id for request_id in request_ids if request_id in self._queued]
-        if begun:
-            self._send(Begun(begun))
-        self._forget(request_ids)
-
-    def _forget(self, request_ids: list[str]) -> None:
-        self._queued.difference_update(request_ids)
-        self._new = [request_id for request_id in self._new if request_id not in request_ids]
-
-    def _is_worth_telling(self, stats: EngineStats) -> bool:
-        """Without deltas: the last gauges before a pause, and a sign of life."""
-        is_last_before_pause = stats != self._last_stats and not self._core.has_work
-        return is_last_before_pause or self._clock() - self._last_sent_s >= SIGN_OF_LIFE_S
 
 
 def run_engine(channel: BlockingChannel, *, builder: Builder, on_disconnect: Callable[[], None]) -> int:

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from types import ModuleType
 
 from engine import core, prefix_cache
-from engine.__main__ import EngineLoop
 from engine.batch import Batcher
 from engine.block_pool import BlockPool
 from engine.client import RemoteEngineClient
 from engine.core import EngineCore
+from engine.engine_loop import EngineLoop
 from engine.fair_queue import FairQueue
 from engine.journal import Journal
 from engine.prefix_cache import PrefixCache

@@ -14,10 +14,10 @@ from scripted_runner import Launched, ScriptedRunner, info_of
 from virtual_loop import VirtualLoop
 from workload import Fates, Scenario
 
-from engine.__main__ import SIGN_OF_LIFE_S, EngineLoop
 from engine.batch import Batch
 from engine.config import EngineConfig
 from engine.core import EngineCore
+from engine.engine_loop import SIGN_OF_LIFE_S, EngineLoop
 from engine.messages import Abort, Begun, Configure, FromEngine, FromServer, Ready, Report, Submit, decode_from_server, encode
 from engine.transport import LoopbackChannel
 from engine.types import Progress

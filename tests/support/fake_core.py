@@ -79,7 +79,7 @@ class Generation:
 
 
 class FakeCore:
-    """Fulfils `engine.__main__.Core`. `step_s` is how long a step takes; the first `max_num_seqs` take part in it."""
+    """Fulfils `engine.engine_loop.Core`. `step_s` is how long a step takes; the first `max_num_seqs` take part in it."""
 
     def __init__(self, info: EngineInfo, *, step_s: float = 0.0) -> None:
         self.info = info

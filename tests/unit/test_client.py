@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 from fake_core import CRASHING, CRASHING_LATER, HANGING, REFUSED, FakeCore, engine_options, options_info, request
 
-from engine.__main__ import EngineLoop
 from engine.client import EngineClient, RemoteEngineClient
+from engine.engine_loop import EngineLoop
 from engine.errors import EngineDiedError, NoEngineError, RequestError
 from engine.messages import Abort, Configure, Deltas, FromServer, Ready, Report, Submit, decode_from_server, encode
 from engine.transport import LoopbackChannel

@@ -5,7 +5,7 @@ from dataclasses import replace
 from fake_core import request
 from scripted_runner import engine_config, scripted_core
 
-from engine.__main__ import EngineLoop
+from engine.engine_loop import EngineLoop
 from engine.messages import Abort, Begun, Deltas, FromEngine, Queued, Submit
 
 

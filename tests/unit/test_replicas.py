@@ -21,10 +21,10 @@ from scripted_runner import (
 )
 from tiny_tokenizer import tiny_tokenizer
 
-from engine.__main__ import EngineLoop
 from engine.config import EngineConfig, EngineOptions, SchedulerConfig
 from engine.constraints import Constraint, Grammars
 from engine.core import EngineCore
+from engine.engine_loop import EngineLoop
 from engine.errors import ConfigError, RequestError
 from engine.grammar import GrammarMatcher, GrammarTokenizer
 from engine.messages import Begun, Deltas, FromEngine, Queued, Submit
