@@ -38,6 +38,7 @@ def main() -> None:
 
     options = engine_options(load_settings({"model": str(arguments.model)}))
     core = build_engine(options.resolve(backend="cpu", free_bytes=1 << 30), report=lambda _: None)
+    assert isinstance(core, EngineCore), "one data shard is one core"
     random = np.random.default_rng(0)
     rounds = [measure(core, random) for _ in range(arguments.rounds + 1)][1:]
 

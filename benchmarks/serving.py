@@ -32,6 +32,7 @@ from rich.table import Table
 from engine.batch import Batch, Batcher
 from engine.build import build_engine
 from engine.config import EngineConfig
+from engine.core import EngineCore
 from engine.runner import ModelRunner
 from engine.scheduler import Schedule, ScheduledTokens
 from engine.sequence import Sequence
@@ -83,6 +84,7 @@ class BareStep:
         options = engine_options(load_settings({"model": str(model_dir)}))
         self.config: EngineConfig = options.resolve(backend="cpu", free_bytes=256 << 20)
         core = build_engine(self.config, report=lambda _: None)
+        assert isinstance(core, EngineCore), "one data shard is one core"
         assert isinstance(core.runner, ModelRunner)
         self.runner = core.runner
         self.batches = [self._batch(core.batcher, NUM_PROMPT_TOKENS + step) for step in range(num_tokens)]

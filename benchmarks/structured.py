@@ -79,7 +79,9 @@ def engine_of(model_dir: Path) -> tuple[EngineCore, Tokenizer]:
     tokenizer = Tokenizer.load(model_dir / "tokenizer.model")
     native = GrammarTokenizer(tokenizer, vocab_size=options.model.vocab_size, eos_token=options.model.eos_token)
     config = options.resolve(backend="cpu", free_bytes=512 << 20)
-    return build_engine(config, report=lambda _: None, grammars=Grammars(partial(GrammarMatcher, native))), tokenizer
+    core = build_engine(config, report=lambda _: None, grammars=Grammars(partial(GrammarMatcher, native)))
+    assert isinstance(core, EngineCore), "one data shard is one core"
+    return core, tokenizer
 
 
 def rate(core: EngineCore, prompt: tuple[int, ...], *, grammar: str | None, num_tokens: int) -> float:

@@ -8,12 +8,14 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from typing import Never
 
 from fake_core import FakeCore, options_info
 
 from engine.__main__ import die_with_parent, run_engine
 from engine.config import EngineOptions
 from engine.errors import CheckpointError
+from engine.messages import Follow
 from engine.transport import BlockingChannel
 from engine.types import Progress
 
@@ -37,6 +39,9 @@ class FakeBuilder:
         if self._start == "slow":
             time.sleep(3600)
         return FakeCore(options_info(options), step_s=self._step_s)
+
+    def follow(self, message: Follow, report: Callable[[Progress], None]) -> Never:
+        raise RuntimeError("nobody leads a fake engine")
 
 
 def main() -> None:
