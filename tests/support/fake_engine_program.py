@@ -40,7 +40,7 @@ class FakeBuilder:
             time.sleep(3600)
         return FakeCore(options_info(options), step_s=self._step_s)
 
-    def follow(self, message: Follow, report: Callable[[Progress], None]) -> Never:
+    def follow(self, message: Follow, report: Callable[[Progress], None]) -> Never:  # noqa: ARG002
         raise RuntimeError("nobody leads a fake engine")
 
 
