@@ -12,6 +12,7 @@ from math import ceil, lcm, prod
 from typing import Literal
 
 from engine.config import DType, KVDType, MeshConfig, ModelConfig, SchedulerConfig, kv_head_bytes
+from engine.errors import ConfigError
 from engine.model.params import Axis, ParamSpec, each_spec, param_specs
 from engine.sharding import RULES, num_cached_heads
 
@@ -101,6 +102,15 @@ class Setup:
 def payload_bytes(model: ModelConfig) -> int:
     """Of the released form, before any cast: int8 with bfloat16 scales, the rest float32."""
     return sum(_released_bytes(spec, model) for spec in each_spec(param_specs(model)))
+
+
+def check_int4_groups(setup: Setup) -> None:
+    """Raises `ConfigError` where matrices in 4 bits would have rows that are no whole groups."""
+    if setup.weights != "int4":
+        return
+    for spec in each_spec(param_specs(setup.model)):
+        if spec.is_quantized and spec.shape[-2] % setup.int4_group:
+            raise ConfigError(f"int4 groups of {setup.int4_group} do not divide the {spec.shape[-2]} rows of {spec.name}; use another form")
 
 
 def weights_by_kind(setup: Setup) -> list[Weights]:

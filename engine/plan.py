@@ -10,7 +10,18 @@ from typing import Any
 
 from engine.config import MeshConfig, blocks_per_sequence, mesh_of
 from engine.errors import ConfigError
-from engine.footprint import Device, Setup, Speed, Weights, kv_bytes_per_token, payload_bytes, speeds, temporary_bytes, weights_by_kind
+from engine.footprint import (
+    Device,
+    Setup,
+    Speed,
+    Weights,
+    check_int4_groups,
+    kv_bytes_per_token,
+    payload_bytes,
+    speeds,
+    temporary_bytes,
+    weights_by_kind,
+)
 from engine.sharding import check_widths
 
 BATCHES = (1, 8, 32, 128)
@@ -83,9 +94,10 @@ class Plan:
 
 
 def make_plan(question: Question, *, seeks_alternatives: bool = True) -> Plan:
-    """The plan for a setup whose mesh divides the model. Raises `ConfigError` where it does not."""
+    """The plan for a setup whose mesh and int4 groups divide the model. Raises `ConfigError` where they do not."""
     setup, device = question.setup, question.device
     check_widths(setup.mesh, setup.model)
+    check_int4_groups(setup)
     weights = weights_by_kind(setup)
     temporaries = temporary_bytes(setup, device, step_bytes=question.step_bytes)
     usable = int(device.memory_bytes * question.memory_share) // device.num_sharing

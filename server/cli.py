@@ -169,10 +169,11 @@ def plan(
     device: Annotated[str, typer.Option("--device", metavar="TEXT", help="a100-80, h100-80, h200, b200 or mi300x")] = "h100-80",
     device_memory: Annotated[str | None, typer.Option("--device-memory", metavar="BYTES", help="another size of one, e.g. 48GiB")] = None,
     tensor_parallel_size: Annotated[
-        int, typer.Option("--tensor-parallel-size", "-tp", min=1, metavar="N", help="devices that share each matrix")
+        int, typer.Option("--tensor-parallel-size", "--tp", "-tp", min=1, metavar="N", help="devices that share each matrix")
     ] = 8,
     data_parallel_size: Annotated[
-        int, typer.Option("--data-parallel-size", "-dp", min=1, metavar="N", help="parts with so many devices and the whole model each")
+        int,
+        typer.Option("--data-parallel-size", "--dp", "-dp", min=1, metavar="N", help="parts with so many devices and the whole model each"),
     ] = 1,
     enable_expert_parallel: Annotated[
         bool, typer.Option("--enable-expert-parallel", help="whole experts on each device instead of slices of all")

@@ -52,6 +52,9 @@ def test_memory_of_another_size_is_taken_for_the_devices_own():
     ("arguments", "complaint"),
     [
         (["-tp", "3"], "num_kv_heads 8"),
+        (["--tp", "3"], "num_kv_heads 8"),
+        (["--dp", "2", "--tp", "3"], "num_kv_heads 8"),
+        (["--model", str(TINY_A), "--tp", "1", "--weights", "int4"], "int4 groups of 128 do not divide"),
         (["--weights", "int5"], "--weights: expected one of float32, bfloat16, int8, int4"),
         (["--kv-cache-dtype", "int4"], "--kv-cache-dtype: expected one of"),
         (["--device", "abacus"], "none of a100-80, h100-80"),
