@@ -40,7 +40,7 @@ from engine.sharding import MESH_AXES, make_meshes
 from engine.target import devices_to_compile_for, forbid_timing
 
 LAYER_SCOPE = "jit(decoder_layer)"
-SCOPES = ("embed", "attention", "moe", "sample")  # as `engine/model/transformer.py` and `engine/programs.py` name them
+SCOPES = ("embed", "attention", "moe", "sample")  # as `engine/model/transformer.py` and `engine/device_step.py` name them
 _DEVICE_COUNT = "--xla_force_host_platform_device_count"
 _NUMPY = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "int8": np.dtype(np.int8), "uint8": np.dtype(np.uint8)}
 

@@ -1,7 +1,6 @@
 """Programs: everything that the engine runs on its devices, compiled before readiness and made from shapes alone.
 
-A greedy step is one program. Any other is two, the forward pass and the choice of tokens, so that masks which depend on the step before
-may be entered while the forward pass runs. Both exist once per bucket. Besides there are one that resets a slot and one that enters
+The parts of a step (`engine/device_step.py`) exist once per bucket. Besides there are one program that resets a slot and one that enters
 masks; nothing else is ever called. Because compiling needs no weights and no memory of the devices, it goes on beside the loading of the
 weights, and a standby process can have it behind it (`engine/build.py`).
 """
@@ -9,34 +8,24 @@ weights, and a standby process can have it behind it (`engine/build.py`).
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
-from numpy.typing import NDArray
 
-from engine.batch import TILE, StepInput, StepKind, StepLayout
+from engine.batch import TILE, StepKind, StepLayout
 from engine.config import EngineConfig
+from engine.device_step import Chosen, DeviceState, Forwarded, StepOutput, num_padded_rows, run_choice, run_forward, run_greedy
 from engine.model.cache import KVCache, cache_shapes
 from engine.model.params import Params
-from engine.model.transformer import forward, logits_of
 from engine.ops import tiles
-from engine.ops.tiles import map_rows, map_slices
 from engine.sampling import (
-    Knobs,
     Logprobs,
     SlotEntries,
     SlotState,
-    choose_tokens,
-    count_tokens,
     empty_slots,
-    logprobs_of,
-    remember_tokens,
-    resolve_tokens,
     write_masks,
     write_slot,
 )
@@ -46,43 +35,8 @@ from engine.types import Progress
 SLOT_WRITE_LEN = 256  # tokens of a slot entered per call
 MAX_MASK_ROWS = 64  # masks entered per call
 ENTRY_TYPES = (jnp.int32, jnp.float32, jnp.bool_, jnp.bool_, jnp.int32)  # of `SlotEntries`
-CHOOSE_BYTES = 1 << 20  # of one array over the vocabulary while tokens are chosen, where a backend loops over tiles
-SCORE_ROWS = 128  # positions whose logits exist at the same time, where a backend computes whole buckets
 
 _CACHE_HIT = "/jax/compilation_cache/cache_hits"
-
-
-class StepOutput(NamedTuple):
-    """Result of a step; S rows, T tokens. What its kind does not compute is None."""
-
-    token_ids: Any  # int32 [S]
-    is_finite: Any  # bool [S] False where the logits, raw or adjusted, are not finite numbers: that row has failed
-    logprobs: Logprobs | None  # of the chosen tokens, [S]
-    scores: Logprobs | None  # of `StepInput.targets`, [T]
-
-
-class Forwarded(NamedTuple):
-    """Result of a forward pass."""
-
-    rows: Any  # [S padded, D] what the choice starts from
-    scores: Logprobs | None
-
-
-class Chosen(NamedTuple):
-    """Result of a choice, as in `StepOutput`."""
-
-    token_ids: Any
-    is_finite: Any
-    logprobs: Logprobs
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, slots=True)
-class DeviceState:
-    """What lives on the device from step to step."""
-
-    cache: KVCache
-    slots: SlotState
 
 
 def step_layouts(config: EngineConfig) -> tuple[StepLayout, ...]:
@@ -248,101 +202,3 @@ def _is_cache_hit(compile_one: Callable[[], None]) -> bool:
     before = _cache_hits.count
     compile_one()
     return _cache_hits.count > before
-
-
-def run_greedy(
-    params: Params, state: DeviceState, packed: NDArray[np.int32], *, layout: StepLayout, config: EngineConfig
-) -> tuple[DeviceState, StepOutput]:
-    """One whole step on the device: forward pass, then the likeliest token for every row that wants one."""
-    cache, (rows, _) = run_forward(params, state.cache, state.slots, packed, layout=layout, kind=StepKind.GREEDY, config=config)
-    step = _unpack(packed, layout)
-
-    def choose(x: Any) -> tuple[Any, Any]:
-        logits = logits_of(params, x, config.model)
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32), jnp.all(jnp.isfinite(logits), axis=-1)
-
-    with jax.named_scope("sample"):
-        token_ids, is_finite = (field[: layout.num_seqs] for field in map_rows(choose, step.counts[1], rows))
-    slots = remember_tokens(state.slots, step, token_ids, is_dropped=jnp.zeros(layout.num_seqs, bool))
-    return DeviceState(cache, slots), StepOutput(token_ids, is_finite, None, None)
-
-
-def run_forward(
-    params: Params,
-    cache: KVCache,
-    slots: SlotState,
-    packed: NDArray[np.int32],
-    *,
-    layout: StepLayout,
-    kind: StepKind,
-    config: EngineConfig,
-) -> tuple[KVCache, Forwarded]:
-    """The forward pass, and the scores of prompt tokens where they are asked for."""
-    step = resolve_tokens(slots, _unpack(packed, layout))
-    hidden, cache = forward(params, cache, step, config.model)
-    scores = None
-    if kind is StepKind.SCORE:
-        with jax.named_scope("score"):
-            scores = map_slices(
-                lambda x, targets: logprobs_of(logits_of(params, x, config.model), targets, num_top(config)),
-                step.counts[0],
-                hidden,
-                step.targets,
-                slice_len=SCORE_ROWS,
-            )
-    return cache, Forwarded(_pad_rows(hidden[step.sample_at]), scores)
-
-
-def run_choice(
-    params: Params,
-    slots: SlotState,
-    rows: Any,
-    packed: NDArray[np.int32],
-    is_dropped: Any,
-    *,
-    layout: StepLayout,
-    config: EngineConfig,
-) -> tuple[SlotState, Chosen]:
-    """A token for every row that wants one and is not dropped; what a dropped row computed counts as if it had not been."""
-    step = resolve_tokens(slots, _unpack(packed, layout))
-    slots = count_tokens(slots, step, is_dropped=is_dropped)
-    with jax.named_scope("sample"):
-        knobs = jax.tree.map(_pad_rows, Knobs.of(step))
-        chosen = map_rows(lambda x, knobs: _choose(params, slots, x, knobs, config=config), step.counts[1], rows, knobs)
-        token_ids, is_finite, logprobs = jax.tree.map(lambda field: field[: layout.num_seqs], chosen)
-    return remember_tokens(slots, step, token_ids, is_dropped=is_dropped), Chosen(token_ids, is_finite, logprobs)
-
-
-def _unpack(packed: NDArray[np.int32], layout: StepLayout) -> StepInput:
-    return layout.unpack(packed, lambda bits: jax.lax.bitcast_convert_type(bits, jnp.float32))
-
-
-def num_top(config: EngineConfig) -> int:
-    """How many of the likeliest tokens are reported."""
-    return min(max(config.max_logprobs, 1), config.model.vocab_size)
-
-
-def _choose(params: Params, slots: SlotState, x: Any, knobs: Knobs, *, config: EngineConfig) -> tuple[Any, Any, Logprobs]:
-    logits = logits_of(params, x, config.model)
-
-    def choose(logits: Any, knobs: Knobs) -> tuple[Any, Any, Any]:
-        token_ids, is_sound = choose_tokens(logits, slots, knobs)
-        return token_ids, is_sound, logprobs_of(logits, token_ids, num_top(config))
-
-    token_ids, is_sound, logprobs = tiles.in_slices(choose, logits, knobs, slice_len=_choose_rows(config.model.vocab_size))
-    return token_ids, jnp.all(jnp.isfinite(logits), axis=-1) & is_sound, logprobs
-
-
-def _choose_rows(vocab_size: int) -> int:
-    """Rows of a tile whose tokens are chosen together: a power of two, so that half a dozen arrays over the vocabulary stay small."""
-    num_rows = max(1, min(TILE, CHOOSE_BYTES // (4 * vocab_size)))
-    return 1 << (num_rows.bit_length() - 1)
-
-
-def num_padded_rows(num_rows: int) -> int:
-    """Up to whole tiles, at least two: XLA drops the loop over a single one, and then rounds differently and sorts for the top entries."""
-    return max(2 * TILE, num_rows + -num_rows % TILE)
-
-
-def _pad_rows(field: Any) -> Any:
-    return jnp.pad(field, [(0, num_padded_rows(field.shape[0]) - field.shape[0])] + [(0, 0)] * (field.ndim - 1))

@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 
 from engine.batch import TILE, Batch, StepKind
 from engine.config import EngineConfig
+from engine.device_step import DeviceState, StepOutput
 from engine.model.params import Params
-from engine.programs import ENTRY_TYPES, SLOT_WRITE_LEN, DeviceState, Programs, StepOutput, shardings_of, state_shapes
+from engine.programs import ENTRY_TYPES, SLOT_WRITE_LEN, Programs, shardings_of, state_shapes
 from engine.sampling import SlotEntries
 from engine.types import SamplingParams
 

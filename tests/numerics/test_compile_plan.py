@@ -20,9 +20,10 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 from engine.checkpoint.load import param_shapes
 from engine.compile_plan import compile_plan, declared_checkpoint
 from engine.config import MeshConfig, ModelConfig, SchedulerConfig
+from engine.device_step import StepOutput, run_greedy
 from engine.footprint import Setup, weights_by_kind
 from engine.ops import tiles
-from engine.programs import StepOutput, run_greedy, shardings_of, state_shapes, step_layouts
+from engine.programs import shardings_of, state_shapes, step_layouts
 from engine.sharding import make_meshes, on_mesh, replicated
 
 MODEL = ModelConfig(

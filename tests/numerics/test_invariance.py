@@ -22,9 +22,10 @@ from tiny_tokenizer import tiny_tokenizer
 from engine.config import CacheConfig, EngineConfig, KVDType
 from engine.constraints import Grammars
 from engine.core import EngineCore
+from engine.device_step import DeviceState
 from engine.grammar import GrammarMatcher, GrammarTokenizer
 from engine.model.params import random_params
-from engine.programs import DeviceState, Programs, shapes_of
+from engine.programs import Programs, shapes_of
 from engine.runner import ModelRunner
 from engine.sharding import make_meshes
 from engine.types import EngineInfo, FinishReason, GenerationRequest, SamplingParams

@@ -20,6 +20,7 @@ DEVICE_SIDE = {
     "build",
     "compile_cache",
     "programs",
+    "device_step",
     "runner",
     "sampling",
     "sharding",
