@@ -14,7 +14,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -104,6 +105,8 @@ class Group:
             for process_id in range(1, group.processes_per_node):
                 self._start_sibling(process_id, port=port)
             self._wait_until_all_are_here(port)
+            with suppress(OSError):  # who comes now finds nobody, rather than a queue that nobody looks at any more
+                listener.shutdown(socket.SHUT_RDWR)
 
     def join(self, coordinator: str) -> None:
         """Tell everybody where the runtimes meet."""
@@ -220,7 +223,8 @@ class Group:
         """The process's number; None where it was dismissed, or no follower at all."""
         try:
             payloads = channel.payloads()
-            first, second = next(payloads), next(payloads)
+            with _closing(channel, after_s=HELLO_TIMEOUT_S):  # a byte now and then is no hello
+                first, second = next(payloads), next(payloads)
             said = decode_from_follower(first)
             if not isinstance(said, Hello):
                 raise TransportError("a following process did not say hello")
@@ -286,6 +290,18 @@ class Group:
             is_end = self._is_complete and not self._is_dismissed
         if is_end:
             self._on_lost(f"process {process_id} at {channel.peer} {cause}, and the group ends with it")
+
+
+@contextmanager
+def _closing(channel: GroupChannel, *, after_s: float) -> Generator[None]:
+    """Close the channel if the context lasts longer."""
+    timer = threading.Timer(after_s, channel.close)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _listen(group: GroupConfig) -> socket.socket:

@@ -222,6 +222,36 @@ def test_who_speaks_something_else_is_hung_up_on(options: EngineOptions, noise: 
         channel.close()
 
 
+def test_who_takes_too_long_over_a_hello_is_hung_up_on_however_often_a_byte_comes(options: EngineOptions, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("engine.group.leader.HELLO_TIMEOUT_S", 0.5)
+    assert options.group is not None
+    with leading(options) as (_, _, complete):
+        with connect(HOST, options.group.port, timeout_s=10) as stranger:
+            stranger.sendall(b"\1" + (1000).to_bytes(4, "little"))
+            with suppress(ConnectionError):
+                for _ in range(100):
+                    stranger.sendall(b"a")
+                    time.sleep(0.05)
+                pytest.fail("the leader listened for 5 s")
+        channel = joined(options)
+
+        complete()
+
+        channel.close()
+
+
+def test_who_comes_when_all_are_there_finds_nobody(options: EngineOptions):
+    assert options.group is not None
+    with leading(options) as (_, _, complete):
+        channel = joined(options)
+        complete()
+
+        with pytest.raises(ConnectionRefusedError):
+            connect(HOST, options.group.port, timeout_s=0)
+
+        channel.close()
+
+
 def test_who_is_missing_is_named_in_time(options: EngineOptions):
     missing = r"1 of 2 processes .* within 0\.5 s: start the nodes with rank 1, with the same --nnodes"
 
