@@ -22,7 +22,8 @@ from benchmarks.serving import machine, summary, use_real_time_class
 from engine.build import build_engine
 from engine.core import EngineCore
 from engine.types import GenerationRequest, SamplingParams
-from server.settings import default_model_dir, engine_options, load_settings
+from server.engine_options import engine_options
+from server.settings import default_model_dir, load_settings
 
 RESULTS = Path(__file__).parent / "results" / "prefix_cache.json"
 PROMPT_LEN = 1000

@@ -37,7 +37,8 @@ from engine.runner import ModelRunner
 from engine.scheduler import Schedule, ScheduledTokens
 from engine.sequence import Sequence
 from engine.types import GenerationRequest, SamplingParams
-from server.settings import default_model_dir, engine_options, load_settings
+from server.engine_options import engine_options
+from server.settings import default_model_dir, load_settings
 
 RESULTS = Path(__file__).parent / "results" / "serving.json"
 PROMPT = "Once upon a time there was a little bear who lived in the forest"

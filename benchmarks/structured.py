@@ -26,7 +26,8 @@ from engine.grammar import GrammarMatcher, GrammarTokenizer
 from engine.messages import Deltas, FromEngine, Submit, encode
 from engine.tokenizer import Tokenizer
 from engine.types import FinishReason, GenerationRequest, SamplingParams
-from server.settings import default_model_dir, engine_options, load_settings
+from server.engine_options import engine_options
+from server.settings import default_model_dir, load_settings
 
 RESULTS = Path(__file__).parent / "results" / "structured.json"
 NUM_STREAMS = 32

@@ -32,9 +32,10 @@ from engine.errors import ConfigError
 from engine.tokenizer import Tokenizer, find_tokenizer
 from server.api_keys import ApiKeys, is_open_to_others
 from server.console import Console
+from server.engine_options import engine_options
 from server.limits import Limits
 from server.open_files import connections_within
-from server.settings import Settings, engine_options, limits_by_setting
+from server.settings import Settings, limits_by_setting
 from server.supervisor import ENGINE_COMMAND, STANDBY_DELAY_S, Supervisor
 
 if TYPE_CHECKING:  # fastapi takes seconds to import

@@ -16,9 +16,10 @@ from engine.client import have_follow, hear_follower
 from engine.errors import EngineError
 from engine.types import Progress
 from server.console import Console
+from server.engine_options import engine_options
 from server.engine_process import STOP_GRACE_S, EngineProcess
 from server.lifecycle import FAREWELL_S
-from server.settings import Settings, engine_options
+from server.settings import Settings
 from server.supervisor import ENGINE_COMMAND
 
 START_FAILED = 2

@@ -2,14 +2,14 @@
 
 Every field is a flag (`max_num_seqs` is `--max-num-seqs`), an environment variable (`GROK_SERVER_MAX_NUM_SEQS`) and a YAML key; its
 description is the flag's help. `server/cli.py` makes the flags from these fields. Imports neither fastapi nor jax, so that help is quick.
-What is checked here needs no file but the YAML; `engine_options` reads the model's configuration and checks what depends on it.
+What is checked here needs no file but the YAML; `server/engine_options.py` checks what depends on the model.
 """
 
 import difflib
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
@@ -18,14 +18,12 @@ from pydantic import BeforeValidator, ByteSize, Field, InstanceOf, ValidationErr
 from pydantic_settings import BaseSettings, InitSettingsSource, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 import configs
-from engine.config import EngineOptions, GroupConfig, ModelConfig, SchedulerConfig, mesh_of, read_model_config
 from engine.errors import ConfigError
 from server.api_keys import ApiKey, ApiKeys, read_key_file
 from server.limits import Limits
 
 ENV_PREFIX = "GROK_SERVER_"
 DEFAULT_MODEL = "grok-1-tiny"
-GROUP_SHARE = 0.9  # of the time for a start without progress, that the processes of a group get to meet: then one says who is missing
 MAX_LOGPROBS = 128  # what the compiled programs can be asked for
 
 # Names that SGLang's users know, and vLLM's short form.
@@ -307,72 +305,8 @@ def limits_by_setting(limits: Limits) -> dict[str, int | float | None]:
     return {_SETTING_OF_LIMIT.get(field.name, field.name): getattr(limits, field.name) for field in fields(Limits)}
 
 
-def engine_options(settings: Settings, model: ModelConfig | None = None) -> EngineOptions:
-    """What the engine process is told; `model` is read from the model directory where it is not given.
-
-    Raises `ConfigError` for sizes that contradict the model.
-    """
-    model = read_model_config(settings.model_dir) if model is None else model
-    max_model_len = model.sequence_len if settings.max_model_len is None else settings.max_model_len
-    if max_model_len > model.sequence_len:
-        raise ConfigError(f"--max-model-len: the model was made for {model.sequence_len:,} tokens, found {max_model_len:,}")
-    compile_cache_dir = _writable_cache_dir(settings.compile_cache_dir)
-    return EngineOptions(
-        model=model,
-        model_dir=str(settings.model_dir),
-        dtype=settings.dtype,
-        mesh=mesh_of(
-            model,
-            num_devices=settings.tensor_parallel_size,
-            data=settings.data_parallel_size,
-            is_expert_parallel=settings.enable_expert_parallel,
-        ),
-        block_size=settings.block_size,
-        kv_dtype=settings.kv_cache_dtype,
-        cpu_weights=settings.cpu_weights,
-        cache_bytes=None if settings.kv_cache_memory_bytes is None else int(settings.kv_cache_memory_bytes),
-        memory_share=settings.gpu_memory_utilization,
-        scheduler=SchedulerConfig(
-            max_num_seqs=settings.max_num_seqs,
-            max_num_batched_tokens=settings.max_num_batched_tokens,
-            max_model_len=max_model_len,
-        ),
-        max_logprobs=settings.max_logprobs,
-        compile_cache_dir=None if compile_cache_dir is None else str(compile_cache_dir),
-        group=_group(settings),
-    )
-
-
-def _group(settings: Settings) -> GroupConfig | None:
-    """The engine processes that work together, if there are several. Raises `ConfigError` for a node that cannot be one of them."""
-    if settings.node_rank >= settings.nnodes:
-        raise ConfigError(f"--node-rank: of {settings.nnodes} nodes the last has rank {settings.nnodes - 1}, found {settings.node_rank}")
-    if settings.nnodes > 1 and settings.master_addr is None:
-        raise ConfigError("--master-addr: several nodes need the address of the one with rank 0")
-    if settings.nnodes * settings.processes_per_node == 1:
-        return None
-    group = GroupConfig(
-        num_nodes=settings.nnodes,
-        processes_per_node=settings.processes_per_node,
-        start_timeout_s=GROUP_SHARE * settings.engine_start_timeout,
-    )
-    return group if settings.master_addr is None else replace(group, host=settings.master_addr, port=settings.master_port)
-
-
 def _leader_worker_set() -> dict[str, Any]:
     return {name: os.environ[variable] for name, variable in LEADER_WORKER_SET.items() if os.environ.get(variable)}
-
-
-def _writable_cache_dir(chosen: Path | None) -> Path | None:
-    """The directory, made where it is missing. None where the default one cannot be had: only the next start is slower then."""
-    try:
-        cache_dir = chosen or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "grok-server" / "compiled"
-        cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except (OSError, RuntimeError) as error:
-        if chosen is not None:
-            raise ConfigError(f"--compile-cache-dir: {error}") from None
-        return None
-    return cache_dir if os.access(cache_dir, os.W_OK) else None
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -8,7 +8,8 @@ import httpx
 import pytest
 from server_process import RunningServer, running_server
 
-from server.settings import engine_options, load_settings
+from server.engine_options import engine_options
+from server.settings import load_settings
 
 pytestmark = pytest.mark.timeout(600)  # compiles twice
 

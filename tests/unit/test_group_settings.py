@@ -6,7 +6,8 @@ import pytest
 
 from engine.config import GroupConfig
 from engine.errors import ConfigError
-from server.settings import LEADER_WORKER_SET, Settings, engine_options, load_settings
+from server.engine_options import engine_options
+from server.settings import LEADER_WORKER_SET, Settings, load_settings
 
 CLUSTER = {"LWS_GROUP_SIZE": "4", "LWS_WORKER_INDEX": "3", "LWS_LEADER_ADDRESS": "grok-0.grok.default"}
 

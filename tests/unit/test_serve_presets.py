@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from engine.config import ModelConfig
-from server.settings import engine_options, load_settings
+from server.engine_options import engine_options
+from server.settings import load_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = {"cpu-dev": ROOT / "models" / "grok-1-tiny" / "config.json", "h100-x8": ROOT / "configs" / "models" / "grok-1.json"}

@@ -10,8 +10,9 @@ from fake_core import TINY_MODEL
 from engine.config import MeshConfig
 from engine.errors import ConfigError
 from server.api_keys import ApiKey
+from server.engine_options import engine_options
 from server.limits import Limits
-from server.settings import Settings, default_model_dir, engine_options, load_settings
+from server.settings import Settings, default_model_dir, load_settings
 
 
 @pytest.fixture(autouse=True)
