@@ -19,16 +19,7 @@ from engine.model.params import Params
 from engine.model.transformer import forward, logits_of
 from engine.ops import tiles
 from engine.ops.tiles import map_rows, map_slices
-from engine.sampling import (
-    Knobs,
-    Logprobs,
-    SlotState,
-    choose_tokens,
-    count_tokens,
-    logprobs_of,
-    remember_tokens,
-    resolve_tokens,
-)
+from engine.sampling import Knobs, Logprobs, SlotState, choose_tokens, count_tokens, logprobs_of, remember_tokens, resolve_tokens
 
 CHOOSE_BYTES = 1 << 20  # of one array over the vocabulary while tokens are chosen, where a backend loops over tiles
 SCORE_ROWS = 128  # positions whose logits exist at the same time, where a backend computes whole buckets

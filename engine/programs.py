@@ -21,14 +21,7 @@ from engine.device_step import Chosen, DeviceState, Forwarded, StepOutput, num_p
 from engine.model.cache import KVCache, cache_shapes
 from engine.model.params import Params
 from engine.ops import tiles
-from engine.sampling import (
-    Logprobs,
-    SlotEntries,
-    SlotState,
-    empty_slots,
-    write_masks,
-    write_slot,
-)
+from engine.sampling import Logprobs, SlotEntries, SlotState, empty_slots, write_masks, write_slot
 from engine.sharding import num_cached_heads, on_mesh, replicated, sharding_of
 from engine.types import Progress
 

@@ -87,10 +87,10 @@ def follow(
             os.kill(parent, signal.SIGKILL)
         on_lost(cause)
 
-    Follower(message, report=report, on_lost=end, on_dismissed=on_dismissed).run(_Devices(message, report))
+    Follower(message, report=report, on_lost=end, on_dismissed=on_dismissed).run(_OnDevices(message, report))
 
 
-class _Devices:
+class _OnDevices:
     """What `Follower` does with jax."""
 
     def __init__(self, message: Follow, report: Callable[[Progress], None]) -> None:
