@@ -5,7 +5,6 @@ CPU, where nothing has a share of the memory of its own, only what is certain co
 """
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -13,9 +12,10 @@ import jax
 from engine.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from engine.config import EngineConfig, EngineOptions
 from engine.errors import ConfigError, DoesNotFitError
-from engine.footprint import Device, Setup, WeightFormat
+from engine.footprint import Device, Setup
 from engine.host_memory import host_memory_bytes
 from engine.plan import Question, as_json, make_plan
+from engine.stored_form import as_stored
 
 
 def config_for(options: EngineOptions, device: Device) -> EngineConfig:
@@ -48,21 +48,13 @@ def device_here(options: EngineOptions) -> Device:
 
 def setup_for(options: EngineOptions, checkpoint: Checkpoint, *, backend: str) -> Setup:
     """What will be on the devices, in the forms that it will have there."""
-    weights: WeightFormat = options.dtype_on(backend)
-    model, int4_group = options.model, 128
-    if backend != "cpu" or options.cpu_weights == "packed":
-        tensor = next(tensor for tensor in checkpoint.tensors.values() if tensor.spec.is_quantized)
-        if tensor.form == "int8":
-            weights, model = "int8", replace(model, row_parallel_scale_groups=checkpoint.row_parallel_scale_groups)
-        elif tensor.form == "int4" and tensor.scales_source is not None:
-            weights, int4_group = "int4", tensor.spec.shape[-2] // tensor.scales_source.shape[-2]
-    return Setup(
-        model=model,
+    setup = Setup(
+        model=options.model,
         mesh=options.mesh,
         scheduler=options.scheduler,
-        weights=weights,
+        weights=options.dtype_on(backend),
         kv=options.kv_dtype_on(backend),
         dtype=options.dtype_on(backend),
         block_size=options.block_size,
-        int4_group=int4_group,
     )
+    return as_stored(setup, checkpoint) if backend != "cpu" or options.cpu_weights == "packed" else setup

@@ -178,7 +178,15 @@ def plan(
     enable_expert_parallel: Annotated[
         bool, typer.Option("--enable-expert-parallel", help="whole experts on each device instead of slices of all")
     ] = False,
-    weights: Annotated[str, typer.Option("--weights", metavar="float32|bfloat16|int8|int4", help="form of the weights")] = "int8",
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            "--weights",
+            metavar="float32|bfloat16|int8|int4",
+            help="form of the weights (default: the directory's; int8 without one)",
+            show_default=False,
+        ),
+    ] = None,
     kv_cache_dtype: Annotated[
         str, typer.Option("--kv-cache-dtype", metavar="auto|float32|bfloat16|int8|fp8", help="of the cache")
     ] = "auto",

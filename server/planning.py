@@ -48,7 +48,7 @@ class Request:
     """What is to be served on it."""
 
     model: str  # a preset, or a directory
-    weights: str
+    weights: str | None  # None: as the directory's files hold them; int8 for a preset
     kv: str
     max_model_len: int | None  # None: the model's context
     max_num_seqs: int
@@ -83,14 +83,18 @@ def show_refusal(plan: str) -> None:
     _draw(Terminal(highlight=False, stderr=True, width=None if sys.stderr.isatty() else WIDTH_OF_FILES), _parts("", json.loads(plan)))
 
 
+def presets() -> list[str]:
+    """Names of the models that need no files."""
+    return sorted(path.stem for path in (Path(configs.__path__[0]) / "models").glob("*.json"))
+
+
 def model_of(name: str) -> tuple[str, ModelConfig]:
     """A preset by its name, or the configuration beside the weights in a directory. Raises `ConfigError` where it is neither."""
-    presets = sorted(path.stem for path in (Path(configs.__path__[0]) / "models").glob("*.json"))
-    if name in presets:
+    if name in presets():
         return name, ModelConfig.preset(name)
     directory = Path(name)
     if not directory.is_dir():
-        raise ConfigError(f"--model: {name} is neither a directory nor one of {', '.join(presets)}")
+        raise ConfigError(f"--model: {name} is neither a directory nor one of {', '.join(presets())}")
     if find_model_config(directory) is None:
         return f"{name} (no config.json: taken for the released grok-1)", ModelConfig.preset("grok-1")
     return name, read_model_config(directory)
@@ -111,7 +115,7 @@ def ask(query: dict[str, Any], command: tuple[str, ...] = COMMAND) -> dict[str, 
 
 def _query(request: Request, machine: Machine, model: ModelConfig) -> dict[str, Any]:
     for flag, value, choices in (("--weights", request.weights, WEIGHT_FORMATS), ("--kv-cache-dtype", request.kv, KV_FORMATS)):
-        if value not in choices:
+        if value is not None and value not in choices:
             raise ConfigError(f"{flag}: expected one of {', '.join(choices)}, found {value!r}")
     longest = model.sequence_len if request.max_model_len is None else request.max_model_len
     if longest > model.sequence_len:
@@ -124,6 +128,7 @@ def _query(request: Request, machine: Machine, model: ModelConfig) -> dict[str, 
         "data_parallel": machine.data,
         "is_expert_parallel": machine.is_expert_parallel,
         "memory_share": machine.memory_share,
+        "model_dir": None if request.model in presets() else str(Path(request.model).absolute()),
         "weights": request.weights,
         "kv": None if request.kv == "auto" else request.kv,
         "block_size": request.block_size,

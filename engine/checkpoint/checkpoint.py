@@ -36,6 +36,16 @@ def find_format(model_dir: Path) -> Format:
     """What the files of a directory are by their names. Raises `CheckpointError` for no checkpoint or more than one."""
     if not model_dir.is_dir():
         raise CheckpointError(f"{model_dir}: expected a directory with a checkpoint, found {'a file' if model_dir.exists() else 'nothing'}")
+    found = formats_in(model_dir)
+    if len(found) > 1:
+        raise CheckpointError(f"{model_dir}: holds files of two checkpoints, {_LOOKS[found[0]]} and {_LOOKS[found[1]]}; remove one of them")
+    if not found:
+        raise CheckpointError(f"{model_dir}: holds no checkpoint; expected {', '.join(_LOOKS.values())}")
+    return found[0]
+
+
+def formats_in(model_dir: Path) -> list[Format]:
+    """All that the files of a directory may be, by their names."""
     found: list[Format] = []
     if holds_store(model_dir):
         found.append("store")
@@ -43,11 +53,7 @@ def find_format(model_dir: Path) -> Format:
         found.append("released")
     if holds_huggingface(model_dir):
         found.append("huggingface")
-    if len(found) > 1:
-        raise CheckpointError(f"{model_dir}: holds files of two checkpoints, {_LOOKS[found[0]]} and {_LOOKS[found[1]]}; remove one of them")
-    if not found:
-        raise CheckpointError(f"{model_dir}: holds no checkpoint; expected {', '.join(_LOOKS.values())}")
-    return found[0]
+    return found
 
 
 _LOOKS: dict[Format, str] = {

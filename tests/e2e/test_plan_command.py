@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from small_checkpoints import converted, write_released
 
 TINY_A = Path(__file__).parents[1] / "data" / "tiny-a"
 
@@ -40,6 +42,26 @@ def test_a_model_directory_is_counted_from_its_configuration():
     assert answer["question"]["setup"]["model"]["sequence_len"] == 256
     released = sum(path.stat().st_size for path in (TINY_A / "ckpt-0").iterdir())
     assert 0.8 * released < answer["payload_bytes"] < released
+
+
+def test_a_directorys_files_say_the_form_of_the_weights(tmp_path: Path):
+    model = write_released(tmp_path / "released")
+    converted(model, tmp_path / "int4", "int4", group=64)
+    converted(model, tmp_path / "bfloat16", "bfloat16")
+
+    found = [json.loads(plan("--model", str(tmp_path / form), "--tp", "1", "--json").stdout) for form in ("released", "bfloat16", "int4")]
+
+    setups = [answer["question"]["setup"] for answer in found]
+    assert [setup["weights"] for setup in setups] == ["int8", "bfloat16", "int4"]
+    assert setups[2]["int4_group"] == 64
+    told = json.loads(plan("--model", str(tmp_path / "int4"), "--tp", "1", "--weights", "int8", "--json").stdout)
+    assert told["question"]["setup"]["weights"] == "int8"
+
+
+def test_a_directory_with_a_configuration_alone_is_counted_as_released(tmp_path: Path):
+    shutil.copy(TINY_A / "config.json", tmp_path)
+
+    assert json.loads(plan("--model", str(tmp_path), "--tp", "1", "--json").stdout)["question"]["setup"]["weights"] == "int8"
 
 
 def test_memory_of_another_size_is_taken_for_the_devices_own():

@@ -24,6 +24,7 @@ DEVICE_SIDE = {
     "runner",
     "sampling",
     "sharding",
+    "stored_form",
     "shapes",
     "model",
     "ops",
