@@ -19,6 +19,7 @@ from engine.transport import FrameParser, to_frame
 BEAT_S = 1.0
 SILENCE_S = 6.0  # once a group serves
 START_SILENCE_S = 30.0  # before: importing the runtime from a cold disk stalls every thread
+LOOK_S = 0.5  # at how long it is silent already; a shorter limit takes effect by then
 CONNECT_PAUSE_S = 0.2
 
 _RECEIVE_BYTES = 256 << 10
@@ -43,9 +44,8 @@ class GroupChannel:
     def expect_within(self, silence_s: float) -> None:
         """From now on, hearing nothing or getting nothing sent for this long is the end."""
         self._silence_s = silence_s
-        timeval = struct.pack("ll", int(silence_s), int(silence_s % 1 * 1e6))
-        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
-            self._socket.setsockopt(socket.SOL_SOCKET, option, timeval)
+        for option, seconds in ((socket.SO_RCVTIMEO, min(LOOK_S, silence_s)), (socket.SO_SNDTIMEO, silence_s)):
+            self._socket.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", int(seconds), int(seconds % 1 * 1e6)))
 
     def keep_beating(self) -> None:
         """Until the channel is closed, by either side."""
@@ -62,11 +62,16 @@ class GroupChannel:
 
     def payloads(self) -> Iterator[bytes]:
         """What the other side sends but its beats, until it closes. Raises `TransportError` for silence, and as `FrameParser.feed` does."""
+        silent_s = 0.0  # waited, which is not what a clock says to one that was held up itself
         while True:
             try:
                 data = self._socket.recv(_RECEIVE_BYTES)
+                silent_s = 0.0
             except BlockingIOError:
-                raise TransportError(f"said nothing for {self._silence_s:g} s") from None
+                silent_s += min(LOOK_S, self._silence_s)
+                if silent_s >= self._silence_s:
+                    raise TransportError(f"said nothing for {self._silence_s:g} s") from None
+                continue
             except OSError:
                 return
             if not data:

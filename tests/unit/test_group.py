@@ -314,6 +314,19 @@ def test_who_says_nothing_counts_as_gone():
         theirs.close()
 
 
+def test_a_shorter_limit_holds_for_the_silence_that_lasts_already():
+    with listen(HOST, 0) as listener, connect(HOST, listener.getsockname()[1], timeout_s=10) as sock:
+        channel = GroupChannel(sock, max_frame_bytes=1000, silence_s=60.0)
+        shorten = threading.Timer(0.2, channel.expect_within, (0.5,))
+        shorten.start()
+
+        start_s = time.monotonic()
+        with pytest.raises(TransportError, match=r"said nothing for 0\.5 s"):
+            next(channel.payloads())
+
+        assert time.monotonic() - start_s < 10
+
+
 def test_beats_are_signs_of_life_and_no_news(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("engine.group.channel.BEAT_S", 0.05)
     with listen(HOST, 0) as listener:
