@@ -44,7 +44,7 @@ def test_a_model_directory_is_counted_from_its_configuration():
     assert 0.8 * released < answer["payload_bytes"] < released
 
 
-def test_a_directorys_files_say_the_form_of_the_weights(tmp_path: Path):
+def test_the_files_of_a_directory_say_the_form_of_the_weights(tmp_path: Path):
     model = write_released(tmp_path / "released")
     converted(model, tmp_path / "int4", "int4", group=64)
     converted(model, tmp_path / "bfloat16", "bfloat16")
