@@ -51,6 +51,7 @@ MAX_STRANGERS = 64  # connections at a time of which it is not known who they ar
 HELLO_TIMEOUT_S = 10.0
 FAREWELL_S = 2.0  # for the others to read why they are dismissed
 NAME_TIMEOUT_S = 60.0  # for the leader's own name to be known
+START_FAILED = 2  # status of an engine process that a restart does not cure
 LOOK_S = 0.2  # between looks at the processes that were started here
 
 
@@ -176,7 +177,10 @@ class Group:
                 return
             for process_id, (process, _) in self._siblings.items():
                 if process_id in missing and (status := process.poll()) is not None:
-                    raise ConfigError(f"process {process_id} of the group ended with status {status} before it was here{self._refusal}")
+                    cause = f"process {process_id} of the group ended with status {status} before it was here{self._refusal}"
+                    if status != START_FAILED:  # killed, say for want of memory: the next start may do better
+                        self._on_lost(cause)
+                    raise ConfigError(cause)
             if time.monotonic() >= give_up_s:
                 raise ConfigError(
                     f"{len(missing)} of {group.num_processes} processes of the group did not come to {group.host}:{port} within "

@@ -4,7 +4,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -67,10 +67,10 @@ def ignore(progress: Progress) -> None: ...
 
 
 @contextmanager
-def leading(options: EngineOptions) -> Iterator[tuple[Group, End, Callable[[], None]]]:
+def leading(options: EngineOptions, command: Sequence[str] = ()) -> Iterator[tuple[Group, End, Callable[[], None]]]:
     """A group that gathers in a thread, how its process ends, and what waits until it is complete or raises why it is not."""
     lost, raised = End(), list[Exception]()
-    group = Group(options, report=ignore, on_lost=lost, on_unable=lost)
+    group = Group(options, report=ignore, on_lost=lost, on_unable=lost, command=command)
 
     def gather() -> None:
         try:
@@ -92,6 +92,8 @@ def leading(options: EngineOptions) -> Iterator[tuple[Group, End, Callable[[], N
     finally:
         for channel in list(group._members.values()):
             channel.close()
+        for _, sock in group._siblings.values():
+            sock.close()
 
 
 def connected(options: EngineOptions) -> GroupChannel:
@@ -256,6 +258,21 @@ def test_who_is_missing_is_named_in_time(options: EngineOptions):
     missing = r"1 of 2 processes .* within 0\.5 s: start the nodes with rank 1, with the same --nnodes"
 
     with leading(with_group(options, start_timeout_s=0.5)) as (_, _, complete), pytest.raises(ConfigError, match=missing):
+        complete()
+
+
+def test_a_process_of_the_same_machine_that_is_killed_before_it_is_there_may_do_better_next_time(options: EngineOptions):
+    one_node = with_group(options, num_nodes=1, processes_per_node=2, port=0)
+
+    with leading(one_node, ("sh", "-c", "sleep 0.5; kill -9 $$")) as (_, lost, _):
+        assert lost.wait() == "process 1 of the group ended with status -9 before it was here"
+
+
+def test_a_process_of_the_same_machine_that_says_a_restart_does_not_help_is_believed(options: EngineOptions):
+    one_node = with_group(options, num_nodes=1, processes_per_node=2, port=0)
+    told = "process 1 of the group ended with status 2 before it was here"
+
+    with leading(one_node, ("sh", "-c", "sleep 0.5; exit 2")) as (_, _, complete), pytest.raises(ConfigError, match=told):
         complete()
 
 
