@@ -52,6 +52,7 @@ HELLO_TIMEOUT_S = 10.0
 FAREWELL_S = 2.0  # for the others to read why they are dismissed
 NAME_TIMEOUT_S = 60.0  # for the leader's own name to be known
 START_FAILED = 2  # status of an engine process that a restart does not cure
+SIBLING_TIMEOUT_S = 120.0  # of a process on this machine, to say hello: importing the runtime from a cold disk takes long
 LOOK_S = 0.2  # between looks at the processes that were started here
 
 
@@ -158,12 +159,13 @@ class Group:
             )
         ours.shutdown(socket.SHUT_RD)  # what it has to say it says over the group's connection
         options = replace(self._options, group=replace(self.config, port=port))
-        ours.sendall(to_frame(encode_for_engine(Follow(options, process_id))))
+        with suppress(OSError):  # it has ended already, which shows while it is waited for
+            ours.sendall(to_frame(encode_for_engine(Follow(options, process_id))))
         self._siblings[process_id] = process, ours  # ours stays open: its end would end the sibling
 
     def _wait_until_all_are_here(self, port: int) -> None:
         group = self.config
-        give_up_s = time.monotonic() + group.start_timeout_s
+        siblings_late_s, give_up_s = (time.monotonic() + wait_s for wait_s in (SIBLING_TIMEOUT_S, group.start_timeout_s))
         num_here = -1
         while True:
             with self._changed:
@@ -175,18 +177,25 @@ class Group:
             self._report(Progress(phase="group", done=num_here + 1, total=group.num_processes, unit="processes", detail=detail))
             if not missing:
                 return
-            for process_id, (process, _) in self._siblings.items():
-                if process_id in missing and (status := process.poll()) is not None:
-                    cause = f"process {process_id} of the group ended with status {status} before it was here{self._refusal}"
-                    if status != START_FAILED:  # killed, say for want of memory: the next start may do better
-                        self._on_lost(cause)
-                    raise ConfigError(cause)
+            for process_id in self._siblings.keys() & set(missing):
+                self._look_at_sibling(process_id, is_late=time.monotonic() >= siblings_late_s)
             if time.monotonic() >= give_up_s:
                 raise ConfigError(
                     f"{len(missing)} of {group.num_processes} processes of the group did not come to {group.host}:{port} within "
                     f"{group.start_timeout_s:g} s: start the nodes with rank {_nodes(missing, group)}, with the same --nnodes, "
                     f"--processes-per-node, --master-addr and --master-port{self._refusal}"
                 )
+
+    def _look_at_sibling(self, process_id: int, *, is_late: bool) -> None:
+        """Of one that is not here yet. Where it was killed, or is stopped, the next start may do better; else raises `ConfigError`."""
+        status = self._siblings[process_id][0].poll()
+        if status is None and is_late:
+            self._on_lost(f"process {process_id} of the group said nothing for {SIBLING_TIMEOUT_S:g} s after its start")
+        if status is not None:
+            cause = f"process {process_id} of the group ended with status {status} before it was here{self._refusal}"
+            if status != START_FAILED:
+                self._on_lost(cause)
+            raise ConfigError(cause)
 
     def _accept(self, listener: socket.socket) -> None:
         while True:

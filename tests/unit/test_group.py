@@ -181,8 +181,10 @@ def test_one_with_other_files_is_told_so(options: EngineOptions):
 
 def test_a_rank_can_be_taken_once(options: EngineOptions):
     three = with_group(options, num_nodes=3)
-    with leading(three):
+    with leading(three) as (group, _, _):
         first = joined(three)
+        with group._changed:
+            assert group._changed.wait_for(lambda: group._members, timeout=10)
 
         told = reason_of(joined(three))
 
@@ -274,6 +276,16 @@ def test_a_process_of_the_same_machine_that_says_a_restart_does_not_help_is_beli
 
     with leading(one_node, ("sh", "-c", "sleep 0.5; exit 2")) as (_, _, complete), pytest.raises(ConfigError, match=told):
         complete()
+
+
+def test_a_process_of_the_same_machine_that_never_says_anything_is_not_waited_for_as_long_as_other_machines(
+    options: EngineOptions, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("engine.group.leader.SIBLING_TIMEOUT_S", 0.3)
+    one_node = with_group(options, num_nodes=1, processes_per_node=2, port=0)
+
+    with leading(one_node, ("sh", "-c", "sleep 2")) as (_, lost, _):
+        assert lost.wait() == "process 1 of the group said nothing for 0.3 s after its start"
 
 
 def test_a_port_that_is_taken_is_refused(options: EngineOptions):
