@@ -17,7 +17,16 @@ from engine.errors import ConfigError, EngineError
 from server.settings import ALIASES, ENV_PREFIX, Settings, default_model_dir, flag_name, load_settings
 
 # The first field of each group in the help, in the order of `Settings`.
-_PANELS = {"config": "Settings", "model": "What is served", "max_num_seqs": "Engine", "host": "Server", "max_num_queued_reqs": "Limits"}
+_PANELS = {  # by their first setting
+    "config": "Settings",
+    "model": "What is served",
+    "max_num_seqs": "Engine",
+    "tensor_parallel_size": "Devices and hosts",
+    "compile_cache_dir": "Engine process",
+    "host": "Server",
+    "max_num_queued_reqs": "Limits",
+}
+_LONGEST_CHOICES = 24  # characters that a column of choices may take from the names of flags
 
 app = typer.Typer(
     name="grok-server",
@@ -263,10 +272,13 @@ def _parameters() -> Iterator[python_inspect.Parameter]:
         help_text = field.description or ""
         if field.default not in (None, ()) and not is_switch:
             help_text += f" (default: {field.default})"
+        metavar = _metavar(field.annotation)
+        if len(metavar) > _LONGEST_CHOICES:
+            metavar, help_text = "TYPE", f"{metavar.replace('|', ', ')}: {help_text}"
         option = typer.Option(
             f"{flag_name(name)}/--no-{flag_name(name)[2:]}" if field.default is True else flag_name(name),
             help=help_text,
-            metavar=None if is_switch else _metavar(field.annotation),
+            metavar=None if is_switch else metavar,
             show_default=False,
             rich_help_panel=panel,
         )

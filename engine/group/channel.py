@@ -42,10 +42,11 @@ class GroupChannel:
         self.expect_within(silence_s)
 
     def expect_within(self, silence_s: float) -> None:
-        """From now on, hearing nothing or getting nothing sent for this long is the end."""
+        """From now on, hearing nothing or getting nothing sent for this long is the end, if that has not come yet."""
         self._silence_s = silence_s
-        for option, seconds in ((socket.SO_RCVTIMEO, min(LOOK_S, silence_s)), (socket.SO_SNDTIMEO, silence_s)):
-            self._socket.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", int(seconds), int(seconds % 1 * 1e6)))
+        with suppress(OSError):
+            for option, seconds in ((socket.SO_RCVTIMEO, min(LOOK_S, silence_s)), (socket.SO_SNDTIMEO, silence_s)):
+                self._socket.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", int(seconds), int(seconds % 1 * 1e6)))
 
     def keep_beating(self) -> None:
         """Until the channel is closed, by either side."""

@@ -60,12 +60,12 @@ BUGS: dict[str, tuple[Change, ...]] = {
         Change(PrefixCache, "insert", "min(sequence.num_computed_tokens, len(sequence.token_ids))", "len(sequence.token_ids)"),
     ),
     "the hash forgets the parent": (
-        Change(PrefixCache, "_key", "sha256(parent + tokens)", "sha256(tokens)"),
+        Change(prefix_cache, "_child", "sha256(parent + array", "sha256(array"),
         FORGET_TO_COMPARE,
     ),
     "the hash forgets the salt": (Change(prefix_cache, "_root", "data = salt.encode()", "data = b''"),),
     "the hash is weak and tokens are not compared": (
-        Change(PrefixCache, "_key", "sha256(parent + tokens).digest()", "sha256(parent + tokens).digest()[:1]"),
+        Change(prefix_cache, "_child", ".digest()", ".digest()[:1]"),
         FORGET_TO_COMPARE,
     ),
     "a found block gives the scores of other tokens": (

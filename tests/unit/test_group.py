@@ -356,6 +356,16 @@ def test_a_shorter_limit_holds_for_the_silence_that_lasts_already():
         assert time.monotonic() - start_s < 10
 
 
+def test_a_channel_that_is_closed_expects_nothing():
+    with listen(HOST, 0) as listener:
+        channel = GroupChannel(connect(*listener.getsockname(), timeout_s=5), max_frame_bytes=100)
+        channel.close()
+
+        channel.expect_within(1)
+
+        assert list(channel.payloads()) == []
+
+
 def test_beats_are_signs_of_life_and_no_news(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("engine.group.channel.BEAT_S", 0.05)
     with listen(HOST, 0) as listener:
