@@ -1,7 +1,7 @@
 """What an engine does before it loads anything: look how much memory is here, count what it will need, and take the rest for the cache.
 
-The counting is `engine/footprint.py`'s, so that the cache an engine gets is the one that `grok-server plan` tells of for the same memory. On a
-CPU, where nothing has a share of the memory of its own, only what is certain counts: weights, cache and slots.
+The counting is `engine/footprint.py`'s, so that the cache an engine gets is the one that `grok-server plan` tells of for the same memory.
+On a CPU, where nothing has a share of the memory of its own, only what is certain counts: weights, cache and slots.
 """
 
 import json
